@@ -1,0 +1,1 @@
+"""Models: loading, the embedded tiny ladder, function-preserving outliers."""

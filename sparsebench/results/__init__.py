@@ -1,0 +1,1 @@
+"""Records and the store they are kept in."""
