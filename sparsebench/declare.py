@@ -212,7 +212,8 @@ def task(
     *, name: str, version: int, metric: str, better: str, gives: tuple[str, ...] = ("prefill",)
 ) -> Callable[[_T], _T]:
     """Declares a task. ``metric``: its primary score; ``better``: ``lower`` or ``higher``; ``gives``: the
-    phases in which a method can act on it (``prefill``, ``decode``, ``train``)."""
+    phases in which a method can act on it (``prefill``, ``decode``, ``train``), each perhaps under a
+    condition on an option: ``decode if protocol=continuation``."""
     return _decorator("task", dict(locals()))
 
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 import gzip
 import hashlib
 import re
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 
-VERSION = 1
+from sparsebench.corpora.base import Corpus
+from sparsebench.declare import corpus, option
+
 SPLITS = ("train", "validation", "test")
 _REFERENCE = re.compile(r"^(?P<chapter>\d?[A-Za-z]+\d+):\d+ (?P<text>.*)$")
 
@@ -42,3 +45,14 @@ def documents(split: str) -> list[str]:
     if split not in SPLITS:
         raise ValueError(f"kjv: split must be one of {', '.join(SPLITS)}, not {split!r}")
     return [text for name, text in chapters().items() if split_of(name) == split]
+
+
+@corpus(name="kjv", version=1)
+@dataclass(frozen=True)
+class Kjv(Corpus):
+    """The King James text, public domain, shipped with the package."""
+
+    seqlen: int | None = option(256, "tokens of a calibration sequence; the model's context if not given", low=2)
+
+    def documents(self, split: str) -> list[str]:
+        return documents(split)

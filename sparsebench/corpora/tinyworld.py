@@ -17,8 +17,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+from typing import TYPE_CHECKING
 
-VERSION = 1
+from sparsebench.corpora.base import Corpus
+from sparsebench.declare import corpus, option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
 MIN_LENGTH, MAX_LENGTH = 64, 8192
 TRAIN_SEEDS = range(10**9, 2**40)  # evaluation uses seeds below 10**9, so the two never meet
 BEGIN = "<|end|>"
@@ -269,3 +276,29 @@ def document(task: str, length: int, seed: int, options: Options | None = None) 
     offset = len(context)
     answers = tuple((start + offset, end + offset) for start, end in spans)
     return Document(task, (*context, *tail), offset, answers)
+
+
+@corpus(name="tinyworld", version=1)
+@dataclass(frozen=True)
+class Tinyworld(Corpus):
+    """Documents of the procedural tinyworld language, all tasks in turn."""
+
+    seqlen: int | None = option(256, "tokens of a document (64 to 8192)", low=64, high=8192)
+    count: int = option(1024, "documents of a split, for perplexity", low=1, high=1_000_000)
+
+    def documents(self, split: str) -> list[str]:
+        first = TRAIN_SEEDS.start if split == "train" else 0 if split == "test" else 10**8
+        return [document.text for document in self._documents(first, self.count)]
+
+    def _documents(self, first: int, count: int) -> list[Document]:
+        tasks = list(TASKS)
+        return [document(tasks[i % len(tasks)], self.seqlen or 256, first + i) for i in range(count)]
+
+    def windows(self, tokenizer: PreTrainedTokenizerBase, context: int, seed: int) -> Tensor:
+        """Whole training documents: (nsamples, seqlen) int64; needs a tokenizer to which every word is one token."""
+        import torch
+
+        first = TRAIN_SEEDS.start + seed * self.nsamples
+        rows = [tokenizer(BEGIN + d.text, add_special_tokens=False)["input_ids"] for d in self._documents(first, self.nsamples)]
+        shortest = min(map(len, rows))
+        return torch.tensor([row[:shortest] for row in rows])

@@ -54,4 +54,11 @@ class Evaluation:
 class Task(Protocol):
     """A declared task (``@task``)."""
 
-    def evaluate(self, model: LoadedModel, how: Evaluation) -> Outcome: ...
+    def prepare(self, model: LoadedModel, corpora: Callable[[str], Any]) -> Any:
+        """Data made ready for this model (texts read, windows cut), before anything is recorded.
+        ``corpora(name)`` gives a declared corpus class. UserError when options, data and model do not fit."""
+        ...
+
+    def evaluate(self, model: LoadedModel, how: Evaluation, prepared: Any) -> Outcome:
+        """Scores and per-sample outcomes on what ``prepare`` returned."""
+        ...

@@ -1,0 +1,223 @@
+"""The command line: ``python -m sparsebench [verb] [names] [key=value ...]``.
+
+The verb is read here, everything behind it by its own function; what a run is, is decided in
+``config``. Results go to stdout, progress and messages to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparsebench import __version__
+from sparsebench.errors import UserError, closest
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 3
+
+HELP = """\
+sparsebench {version}: how much quality is lost, how much cost is saved, when a model is made sparse
+
+  python -m sparsebench [run] [key=value ...]       one run, for example
+                        method=wanda sparsity=0.5     prune the embedded model, evaluate it on real text
+                        method=magnitude pattern=2:4 model=tiny_1m model.outliers=true
+                        method=wanda model=llama2_7b task=perplexity task.corpus=wikitext2
+  python -m sparsebench -m key=a,b key=0.3,0.5      a grid: every combination
+  python -m sparsebench results [column=value ...]  what is in the store (format=table|csv|json|parquet)
+  python -m sparsebench list [methods|models|tasks|corpora|sweeps]
+  python -m sparsebench show <name>                 every option of a method, task, model, corpus, or `run`
+  python -m sparsebench doctor                      versions, devices, what is available and why not
+
+  -m            several values per key make a grid
+  -v            more messages (tracebacks of failed runs)
+  --config-dir  a folder of your own YAML and plug-ins (sparsebench.yaml: plugins: [my_method.py])
+  -h            this text
+
+Exit codes: 0 done, 1 some runs failed (listed), 2 bad input and nothing started, 3 interrupted.
+"""
+
+
+@dataclass
+class Arguments:
+    """The command line, taken apart but not yet understood."""
+
+    verb: str = "run"
+    names: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
+    grid: bool = False
+    verbose: bool = False
+    help: bool = False
+    config_dir: Path | None = None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command and returns its exit code."""
+    try:
+        arguments = parse(argv)
+        if arguments.help:
+            print(HELP.format(version=__version__), end="")
+            return DONE
+        return VERBS[arguments.verb](arguments)
+    except UserError as error:
+        print(f"sparsebench: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("sparsebench: interrupted; what was finished is in the store, the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Splits the words into verb, names, overrides and flags. UserError for an unknown verb or flag."""
+    arguments = Arguments()
+    words = list(argv)
+    first = True
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            arguments.help = True
+        elif word == "-m":
+            arguments.grid = True
+        elif word == "-v":
+            arguments.verbose = True
+        elif word == "--config-dir" or word.startswith("--config-dir="):
+            value = word.partition("=")[2] or (words.pop(0) if words else "")
+            if not value:
+                raise UserError("--config-dir needs a folder")
+            arguments.config_dir = Path(value)
+        elif word.startswith("-"):
+            raise UserError(f"{word}: unknown flag; valid: -h -m -v --config-dir; options are written key=value")
+        elif "=" in word:
+            arguments.overrides.append(word)
+        elif first:
+            if word not in VERBS:
+                raise UserError(f"{word}: unknown verb{closest(word, VERBS)}")
+            arguments.verb, first = word, False
+        else:
+            arguments.names.append(word)
+    return arguments
+
+
+def _run(arguments: Arguments) -> int:
+    from sparsebench import config
+    from sparsebench.experiment import Experiment
+    from sparsebench.results import view
+    from sparsebench.results.store import Store
+    from sparsebench.terminal import Reporter, summary
+
+    if arguments.names:
+        raise UserError(f"{arguments.names[0]}: an option is written key=value, for example method={arguments.names[0]}")
+    workspace = config.Workspace(arguments.config_dir)
+    runs = config.runs(workspace, arguments.overrides, sweep=arguments.grid)
+    options = runs[0].options
+    if any(run.options.save for run in runs) and len({(run.methods, run.model) for run in runs if run.options.save}) > 1:
+        raise UserError(f"save={options.save}: one folder cannot hold the models of {len(runs)} runs; save one run at a time")
+    store = Store(_store_folder(options.store))
+    store.check_writable()
+    records: list[dict[str, Any]] = []
+    with Reporter(len(runs)) as reporter:
+        experiment = Experiment(workspace, store, reporter.progress)
+        for run in _shared_first(runs):
+            reporter.start(f"{run.label} {run.model.label} {run.task.label}")
+            record = experiment.run(run)
+            records.append(record)
+            if record["status"] != "ok":
+                reporter.say(f"{record['run_id'][:8]} {run.label}: {record['status']}: {record['error']}")
+                if arguments.verbose:
+                    reporter.say("".join(row["error"] for row in store.details("errors", record["run_id"], record["attempt"])))
+    _print(view.table(records, format=options.format))
+    if options.format == "table" and len(records) == 1:
+        print(summary(records[0], store.folder))
+    return DONE if all(record["status"] == "ok" for record in records) else FAILED
+
+
+def _shared_first(runs: Sequence[Any]) -> list[Any]:
+    """The runs, those of one sparse model next to each other (it is made once), else in order."""
+    places: dict[str, int] = {}
+    keys = [str((run.methods, run.model, run.calibration, run.options.seed)) for run in runs]
+    for key in keys:
+        places.setdefault(key, len(places))
+    return [run for _, run in sorted(zip(keys, runs, strict=True), key=lambda pair: places[pair[0]])]
+
+
+def _results(arguments: Arguments) -> int:
+    from sparsebench.results import view
+    from sparsebench.results.store import Store
+
+    words = dict(word.split("=", 1) for word in arguments.overrides)
+    format = words.pop("format", "table")
+    folder = _store_folder(words.pop("store", None))
+    if not folder.is_dir():
+        raise UserError(f"store={folder}: there is no store yet; run something first, or name another folder")
+    store = Store(folder)
+    records = view.select(store.records(), words)
+    _print(view.table(records, format=format))
+    if store.torn:
+        print(f"sparsebench: {store.torn} torn lines were skipped", file=sys.stderr)
+    return DONE
+
+
+def _list(arguments: Arguments) -> int:
+    from sparsebench import terminal
+    from sparsebench.config import Workspace
+
+    format = _only_format(arguments)
+    rows = terminal.listing(Workspace(arguments.config_dir), arguments.names)
+    _print(terminal.listing_text(rows, format))
+    return DONE
+
+
+def _show(arguments: Arguments) -> int:
+    from sparsebench import terminal
+    from sparsebench.config import Workspace
+
+    format = _only_format(arguments)
+    if not arguments.names:
+        raise UserError("show: name a method, task, model or corpus, or `run` for the options of every run")
+    for name in arguments.names:
+        _print(terminal.shown(Workspace(arguments.config_dir), name, format))
+    return DONE
+
+
+def _doctor(arguments: Arguments) -> int:
+    from sparsebench import doctor
+
+    _print(doctor.report(_store_folder(None), _only_format(arguments)))
+    return DONE
+
+
+def _only_format(arguments: Arguments) -> str:
+    words = dict(word.split("=", 1) for word in arguments.overrides)
+    format = words.pop("format", "table")
+    if words or format not in ("table", "json"):
+        raise UserError(f"{arguments.verb}: takes format=table or format=json, not {' '.join(arguments.overrides)}")
+    return format
+
+
+def _store_folder(given: str | None) -> Path:
+    from sparsebench.run import DEFAULT_STORE
+
+    if given in (None, DEFAULT_STORE):
+        given = os.environ.get("SPARSEBENCH_STORE") or DEFAULT_STORE
+    return Path(str(given)).expanduser()
+
+
+def _print(output: str | bytes) -> None:
+    if isinstance(output, bytes):
+        sys.stdout.buffer.write(output)
+    else:
+        sys.stdout.write(output)
+
+
+VERBS: dict[str, Callable[[Arguments], int]] = {
+    "run": _run,
+    "results": _results,
+    "list": _list,
+    "show": _show,
+    "doctor": _doctor,
+}

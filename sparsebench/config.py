@@ -1,0 +1,353 @@
+"""From the words of the command line to validated runs.
+
+Hydra composes the groups (``method=[wanda,dsnot] model=tiny_1m task=perplexity``) and its grammar
+parses the values; names resolve through the catalogue only, and every value is checked against its
+declaration before it is used, so unknown keys (``_target_`` too) never get further than here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sparsebench import catalogue
+from sparsebench.catalogue import Catalogue, Declaration
+from sparsebench.declare import options_of
+from sparsebench.errors import UserError, closest
+from sparsebench.paths import data_folder
+from sparsebench.run import Part, Run, RunOptions
+
+GROUPS = ("method", "model", "calibration", "task")
+_KIND_OF_GROUP = {"method": "method", "model": "model", "calibration": "corpus", "task": "task"}
+RUN_OPTIONS = options_of(RunOptions)
+
+Word = tuple[str, Any]  # key, value
+
+
+@dataclass(frozen=True)
+class Words:
+    """Parsed overrides: the chosen names per group, and the other key = value pairs in order."""
+
+    choices: dict[str, list[str]]
+    values: tuple[Word, ...]
+
+
+@dataclass
+class Workspace:
+    """Where names are looked up: the package, its plug-ins, and a user's ``--config-dir``."""
+
+    config_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.config_dir is not None:
+            self.config_dir = self.config_dir.resolve()
+            if not self.config_dir.is_dir():
+                raise UserError(f"--config-dir {self.config_dir}: no such folder")
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        return catalogue.build(self._plugins())
+
+    def _plugins(self) -> list[Path]:
+        file = self.config_dir / "sparsebench.yaml" if self.config_dir else None
+        if file is None or not file.exists():
+            return []
+        import yaml
+
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(content, dict) or set(content) - {"plugins"}:
+            raise UserError(f"{file}: holds only a `plugins:` list of Python files")
+        return [file.parent / name for name in content.get("plugins") or []]
+
+    def choices(self, group: str) -> dict[str, Path | None]:
+        """Every name a group can take -> its YAML (None for a declaration without one)."""
+        found: dict[str, Path | None] = dict.fromkeys(self.catalogue.found[_KIND_OF_GROUP[group]])
+        folders = [data_folder("conf"), *([self.config_dir] if self.config_dir else [])]
+        for folder in folders:
+            found |= {file.stem: file for file in sorted((folder / group).glob("*.yaml"))}
+        return dict(sorted(found.items()))
+
+    def compose(self, choices: dict[str, list[str]]) -> dict[str, Any]:
+        """The composed configuration of these choices as plain containers."""
+        from hydra import compose, initialize_config_dir
+        from hydra.core.config_store import ConfigStore
+        from hydra.errors import HydraException
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        words = []
+        for group, names in choices.items():
+            known = self.choices(group)
+            for name in names:
+                if name not in known:
+                    raise UserError(f"{group}={name}: unknown {group}{closest(name, known)}")
+                if known[name] is None:
+                    package = f"method.{name}" if group == "method" else group
+                    ConfigStore.instance().store(group=group, name=name, node={}, package=package)
+            prefix = "+" if group == "calibration" else ""
+            words.append(f"{prefix}{group}=[{','.join(names)}]" if group == "method" else f"{prefix}{group}={names[0]}")
+        if self.config_dir:
+            words.append(f"hydra.searchpath=['file://{self.config_dir}']")
+        try:
+            with initialize_config_dir(str(data_folder("conf")), version_base="1.3"):
+                plain = OmegaConf.to_container(compose("config", overrides=words), resolve=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(f"configuration: {' '.join(str(error).split())}") from None
+        return plain  # type: ignore[return-value]
+
+
+def parse(overrides: Sequence[str], *, sweep: bool = False) -> list[Words]:
+    """The overrides as words, one entry per point of an inline grid (``sweep``: commas multiply)."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    axes: list[list[Word]] = []
+    for text in overrides:
+        try:
+            parsed = parser.parse_override(text)
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{text}: cannot be read as key=value ({reason})") from None
+        key = parsed.key_or_group
+        if parsed.is_add() or parsed.is_delete() or parsed.package is not None:
+            raise UserError(f"{text}: write {key}=value without +, ~ or @")
+        if not parsed.is_sweep_override():
+            axes.append([(key, _plain(parsed.value()))])
+        elif not sweep:
+            raise UserError(f"{text}: several values make a grid: add -m, or write a list as {key}=[...]")
+        else:
+            axes.append([(key, _plain(value)) for value in parsed.sweep_iterator()])
+    return [_words(point) for point in itertools.product(*axes)]
+
+
+def _plain(value: Any) -> Any:
+    from hydra.core.override_parser.types import QuotedString
+
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    return value
+
+
+def _words(point: Iterable[Word]) -> Words:
+    choices: dict[str, list[str]] = {}
+    values: dict[str, Any] = {}
+    for key, value in point:
+        if key in GROUPS:
+            names = value if isinstance(value, list) else [value]
+            if not names or not all(isinstance(name, str) for name in names):
+                raise UserError(f"{key}={value}: must be a name or a list of names")
+            if len(names) > 1 and key not in ("method", "task"):
+                raise UserError(f"{key}={value}: one {key} at a time (a grid: -m {key}={','.join(names)})")
+            choices[key] = names
+        elif key in values and values[key] != value:
+            raise UserError(f"{key} is given twice: {values[key]} and {value}")
+        else:
+            values[key] = value
+    return Words(choices, tuple(values.items()))
+
+
+def runs(workspace: Workspace, overrides: Sequence[str], *, sweep: bool = False) -> list[Run]:
+    """The validated runs of these overrides; ``task=[a,b]`` makes one run per task.
+
+    An option of a method or task that only part of a grid has applies where it exists; one that
+    no run has is an error.
+    """
+    made, unused, used = [], {}, set()
+    for words in parse(overrides, sweep=sweep):
+        for name in words.choices.get("task", [None]):
+            choices = words.choices | ({"task": [name]} if name else {})
+            resolver = _Resolver(workspace, choices, words.values)
+            made.append(resolver.run())
+            used |= resolver.used
+            unused |= resolver.unused
+    for key, error in unused.items():
+        if key not in used:
+            raise error
+    return made
+
+
+class _Resolver:
+    """Turns one set of choices and values into a Run."""
+
+    def __init__(self, workspace: Workspace, choices: dict[str, list[str]], values: Sequence[Word]) -> None:
+        self.workspace, self.values = workspace, values
+        self.used: set[str] = set()
+        self.unused: dict[str, UserError] = {}
+        config = workspace.compose(choices)
+        if "calibration" not in choices:
+            kind = config["model"].get("kind") or choices["model"][0]
+            choices = choices | {"calibration": [workspace.catalogue.get("model", kind).calibration]}
+            config = workspace.compose(choices)
+        self.choices, self.config = choices, config
+        self.choices.setdefault("method", list(config["method"]))
+
+    def run(self) -> Run:
+        self._check_keys()
+        options = self._run_options()
+        methods = tuple(self._method(name, options) for name in self.choices["method"])
+        declarations = [self.workspace.catalogue.get("method", part.name) for part in methods]
+        task_declaration, task = self._part("task", self.config["task"], "task")
+        check_stack(declarations)
+        check_task(declarations, task_declaration, task.options)
+        needs_data = any("calibration" in part.uses for part in methods)
+        _, calibration = self._part("calibration", self.config["calibration"], "calibration")
+        _, model = self._part("model", self.config["model"], "model")
+        return Run(methods, model, calibration if needs_data else None, task, self._corpus(task), options)
+
+    def _corpus(self, task: Part) -> Part | None:
+        """The corpus a task names in its option ``corpus``: its version is part of the run's identity."""
+        name = task.options.get("corpus")
+        if name is None:
+            return None
+        known = self.workspace.catalogue.found["corpus"]
+        if name not in known:
+            raise UserError(f"task.corpus={name}: unknown corpus{closest(name, known)}")
+        return Part("corpus", name, name, known[name].version)
+
+    def _run_options(self) -> RunOptions:
+        given = {key: value for key, value in self.values if key in RUN_OPTIONS}
+        self.used |= set(given)
+        return RunOptions(**given)
+
+    def _method(self, name: str, run: RunOptions) -> Part:
+        declaration, part = self._part("method", self.config["method"][name], f"method.{name}", label=name)
+        options, changed = dict(part.options), dict(part.changed)
+        where = f"method.{name}"
+        if "pattern" in options:
+            inherited = options["pattern"] is None
+            pattern = run.pattern if inherited else options["pattern"]
+            options["pattern"] = pattern = check_pattern("pattern" if inherited else f"{where}.pattern", pattern)
+            changed.pop("pattern", None)
+            if pattern != "unstructured":
+                changed["pattern"] = pattern
+        if "sparsity" in options:
+            own = options["sparsity"] is not None
+            asked = options["sparsity"] if own else run.sparsity
+            key = f"{where}.sparsity" if own else "sparsity"
+            options["sparsity"] = changed["sparsity"] = level_of(key, asked, options.get("pattern", "unstructured"))
+        uses = tuple(declaration.uses) + (("sparsity",) if "sparsity" in options else ())
+        return Part("method", name, part.name, part.version, options, changed, uses)
+
+    def _part(self, group: str, content: dict[str, Any], prefix: str, label: str | None = None) -> tuple[Declaration, Part]:
+        """Validates one group's composed content and the values given for it."""
+        label = label or (self.choices[group][0] if group in self.choices else self._default(group))
+        content = dict(content or {})
+        name = content.pop("kind", label)
+        declaration = self.workspace.catalogue.get(_KIND_OF_GROUP[group], name)
+        given = {k.removeprefix(f"{prefix}."): v for k, v in self.values if k.startswith(f"{prefix}.")}
+        options = {key: spec.default for key, spec in declaration.options.items()}
+        for key, value in {**content, **given}.items():
+            if key not in declaration.options:
+                error = _unknown(f"{prefix}.{key}", declaration.options, prefix)
+                if key in content:
+                    raise error
+                self.unused[f"{prefix}.{key}"] = error
+                continue
+            options[key] = declaration.options[key].check(f"{prefix}.{key}", value)
+            self.used.add(f"{prefix}.{key}")
+        changed = {k: v for k, v in options.items() if v != declaration.options[k].default}
+        return declaration, Part(_KIND_OF_GROUP[group], label, name, declaration.version, options, changed)
+
+    def _default(self, group: str) -> str:
+        import yaml
+
+        defaults = yaml.safe_load((data_folder("conf") / "config.yaml").read_text())["defaults"]
+        return next(str(entry[group]) for entry in defaults if isinstance(entry, dict) and group in entry)
+
+    def _check_keys(self) -> None:
+        """Every key is a run option, or an option under a chosen group. UserError otherwise."""
+        for key, _ in self.values:
+            head, _, rest = key.partition(".")
+            if key in RUN_OPTIONS:
+                continue
+            if head not in GROUPS:
+                raise _unknown(key, [*RUN_OPTIONS, *GROUPS], "")
+            if head == "method":
+                name, _, rest = rest.partition(".")
+                if name not in self.choices["method"]:
+                    known = self.workspace.choices("method")
+                    if name not in known:
+                        raise UserError(f"{key}: unknown method {name!r}{closest(name, known)}")
+                    self.unused[key] = UserError(f"{key}: method {name} is not part of this run")
+            if not rest:
+                raise UserError(f"{key}: an option is written {head}.{'<method>.' if head == 'method' else ''}<option>")
+
+
+def _unknown(key: str, valid: Iterable[str], prefix: str) -> UserError:
+    last = key.rsplit(".", 1)[-1]
+    where = f" of {prefix}" if prefix else ""
+    return UserError(f"{key}: unknown option{where}{closest(last, valid)}")
+
+
+def check_pattern(key: str, pattern: str | None) -> str:
+    """``unstructured`` or ``n:m``, checked: 1 <= n < m <= 64."""
+    if pattern is None or pattern == "unstructured":
+        return "unstructured"
+    match = re.fullmatch(r"(\d+):(\d+)", str(pattern))
+    if match is None:
+        raise UserError(f"{key}={pattern}: must be unstructured or n:m with n kept of m, such as 2:4")
+    kept, group = int(match[1]), int(match[2])
+    if not 1 <= kept < group <= 64:
+        raise UserError(f"{key}={pattern}: n:m keeps n of m weights: 1 <= n < m <= 64")
+    return f"{kept}:{group}"
+
+
+def level_of(key: str, asked: float | None, pattern: str) -> float:
+    """The sparsity a method is given: what was asked, or what its n:m pattern implies."""
+    if pattern == "unstructured":
+        return 0.5 if asked is None else asked
+    kept, group = map(int, pattern.split(":"))
+    implied = 1 - kept / group
+    if asked is not None and abs(asked - implied) > 1e-9:
+        raise UserError(f"{key}={asked:g} contradicts pattern={pattern}, which keeps {kept} of {group} ({implied:g})")
+    return implied
+
+
+def check_stack(declarations: Sequence[Declaration]) -> None:
+    """Refuses two methods that select on one target and phase, and a refiner with nothing before it."""
+    selecting: dict[tuple[str, str], str] = {}
+    for declaration in declarations:
+        place = (declaration.target, declaration.phase)
+        if declaration.stage in (None, "select"):
+            if place in selecting:
+                raise UserError(
+                    f"method=[{selecting[place]},{declaration.name}]: both select on {place[0]} ({place[1]}); "
+                    "a stack takes one selecting method per target and phase"
+                )
+            selecting[place] = declaration.name
+        elif place not in selecting and not any(target == declaration.target for target, _ in selecting):
+            raise UserError(
+                f"method={declaration.name}: stage {declaration.stage} needs a selecting method before it, "
+                f"such as method=[magnitude,{declaration.name}]"
+            )
+
+
+def check_task(declarations: Sequence[Declaration], task: Declaration, options: dict[str, Any]) -> None:
+    """Refuses a method whose phase the task cannot give with these options."""
+    gives = []
+    for entry in task.gives:
+        phase, _, condition = entry.partition(" if ")
+        key, _, value = condition.partition("=")
+        if not condition or str(options.get(key)) == value:
+            gives.append(phase)
+    for declaration in declarations:
+        needs = {"once": [], "train": ["train"]}.get(declaration.phase, declaration.phase.split("+"))
+        for need in needs:
+            if need not in gives:
+                raise UserError(
+                    f"method={declaration.name} acts in phase {need}, which task={task.name} does not give here; "
+                    f"the task gives: {', '.join(task.gives)}"
+                )

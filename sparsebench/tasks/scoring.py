@@ -1,0 +1,39 @@
+"""Scores tokens with a causal model: in one forward, or through the cache after a prefill."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsebench.models.base import LoadedModel
+
+
+@torch.no_grad()
+def score_tokens(loaded: LoadedModel, ids: Tensor, *, prefill: int = 0, step: int = 0) -> tuple[Tensor, Tensor]:
+    """Negative log likelihood (float32, nats) and hit (the token is the most likely one) of each token.
+
+    ids: (rows, tokens) int64 -> two (rows, scored) tensors on the CPU, for tokens 1 .. tokens - 1.
+    With ``prefill=p`` the first p tokens fill the cache and only tokens p .. tokens - 1 are scored,
+    ``step`` at a time through the cache (0: all at once), so that cache and decode methods act.
+    """
+    ids = ids.to(loaded.device)
+    if prefill == 0:
+        logits = loaded.model(input_ids=ids[:, :-1], use_cache=False).logits
+        return _score(logits, ids[:, 1:])
+    output = loaded.model(input_ids=ids[:, :prefill], use_cache=True)
+    cache, last = output.past_key_values, output.logits[:, -1:]
+    size = step or ids.shape[1]
+    pieces = [last]
+    for start in range(prefill, ids.shape[1] - 1, size):
+        output = loaded.model(
+            input_ids=ids[:, start : min(start + size, ids.shape[1] - 1)], past_key_values=cache, use_cache=True
+        )
+        cache = output.past_key_values
+        pieces.append(output.logits)
+    return _score(torch.cat(pieces, dim=1), ids[:, prefill:])
+
+
+def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    nll = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    return nll.cpu(), (logits.argmax(-1) == targets).cpu()
