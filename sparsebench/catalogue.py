@@ -23,6 +23,17 @@ from sparsebench.errors import UserError, closest
 
 _PACKAGE = Path(__file__).parent
 _FOLDERS = ("methods", "tasks", "models", "corpora")
+# What the decorators of `declare` require beside name and version, and their defaults, known without a call.
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "method": ("paper", "target", "phase", "taxonomy"),
+    "task": ("metric", "better"),
+    "model": ("calibration",),
+    "corpus": (),
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "method": {"stage": None, "uses": (), "baseline": None},
+    "task": {"gives": ("prefill",)},
+}
 
 
 @dataclass(frozen=True)
@@ -113,9 +124,10 @@ def _declaration(file: Path, tree: ast.Module, node: ast.ClassDef, decorator: as
     except ValueError as error:
         raise UserError(f"{where}: a declaration must be made of literals: {error}") from None
     kind = _called(decorator)
-    for name in ("name", "version"):
+    for name in ("name", "version", *_NEEDED[kind]):
         if name not in facts:
             raise UserError(f"{where}: @{kind} needs {name}=")
+    facts = {**_DEFAULTS.get(kind, {}), **facts}
     if kind == "method":
         _check_method(where, facts)
     lines = (ast.get_docstring(node) or "").splitlines()
@@ -124,12 +136,6 @@ def _declaration(file: Path, tree: ast.Module, node: ast.ClassDef, decorator: as
 
 
 def _check_method(where: str, facts: dict[str, Any]) -> None:
-    for name in ("paper", "target", "phase", "taxonomy"):
-        if name not in facts:
-            raise UserError(f"{where}: @method needs {name}=")
-    facts.setdefault("stage", None)
-    facts.setdefault("uses", ())
-    facts.setdefault("baseline", None)
     for name, valid in (("target", TARGETS), ("phase", PHASES), ("stage", [*STAGES, None])):
         if facts[name] not in valid:
             raise UserError(f"{where}: {name}={facts[name]!r}{closest(str(facts[name]), map(str, valid))}")

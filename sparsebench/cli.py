@@ -11,10 +11,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsebench import __version__
 from sparsebench.errors import UserError, closest
+
+if TYPE_CHECKING:
+    from sparsebench.run import Run
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 3
 
@@ -62,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
             return DONE
         return VERBS[arguments.verb](arguments)
     except UserError as error:
-        print(f"sparsebench: {error}", file=sys.stderr)
+        print(f"sparsebench: {_line(str(error))}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("sparsebench: interrupted; what was finished is in the store, the same command goes on", file=sys.stderr)
@@ -70,6 +73,11 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+
+
+def _line(text: str) -> str:
+    """The text on one line, whatever the words in it were: no line breaks, no terminal controls."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -114,14 +122,15 @@ def _run(arguments: Arguments) -> int:
         raise UserError(f"{arguments.names[0]}: an option is written key=value, for example method={arguments.names[0]}")
     workspace = config.Workspace(arguments.config_dir)
     runs = config.runs(workspace, arguments.overrides, sweep=arguments.grid)
+    _check_shared(runs)
     options = runs[0].options
-    if any(run.options.save for run in runs) and len({(run.methods, run.model) for run in runs if run.options.save}) > 1:
-        raise UserError(f"save={options.save}: one folder cannot hold the models of {len(runs)} runs; save one run at a time")
     store = Store(_store_folder(options.store))
     store.check_writable()
     records: list[dict[str, Any]] = []
     with Reporter(len(runs)) as reporter:
         experiment = Experiment(workspace, store, reporter.progress)
+        if len(runs) > 1:
+            experiment.check(runs)
         for run in _shared_first(runs):
             reporter.start(f"{run.label} {run.model.label} {run.task.label}")
             record = experiment.run(run)
@@ -136,10 +145,29 @@ def _run(arguments: Arguments) -> int:
     return DONE if all(record["status"] == "ok" for record in records) else FAILED
 
 
-def _shared_first(runs: Sequence[Any]) -> list[Any]:
+def _check_shared(runs: Sequence[Run]) -> None:
+    """UserError when the runs differ in what a command has once, or would save several models to one folder."""
+    for key in ("store", "format"):
+        values = dict.fromkeys(str(getattr(run.options, key)) for run in runs)
+        if len(values) > 1:
+            raise UserError(f"{key}={','.join(values)}: one value for all runs of a grid")
+    saved: dict[str, str] = {}
+    for run in runs:
+        if run.options.save and saved.setdefault(run.options.save, _sparse_model(run)) != _sparse_model(run):
+            raise UserError(
+                f"save={run.options.save}: one folder cannot hold the models of several runs; save one at a time"
+            )
+
+
+def _sparse_model(run: Run) -> str:
+    """What is the same for the runs of one sparse model."""
+    return str((run.methods, run.model, run.calibration, run.seed))
+
+
+def _shared_first(runs: Sequence[Run]) -> list[Run]:
     """The runs, those of one sparse model next to each other (it is made once), else in order."""
     places: dict[str, int] = {}
-    keys = [str((run.methods, run.model, run.calibration, run.options.seed)) for run in runs]
+    keys = [_sparse_model(run) for run in runs]
     for key in keys:
         places.setdefault(key, len(places))
     return [run for _, run in sorted(zip(keys, runs, strict=True), key=lambda pair: places[pair[0]])]

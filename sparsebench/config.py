@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Workspace:
     """Where names are looked up: the package, its plug-ins, and a user's ``--config-dir``."""
 
     config_dir: Path | None = None
+    composed: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)  # by what was chosen
 
     def __post_init__(self) -> None:
         if self.config_dir is not None:
@@ -63,9 +65,10 @@ class Workspace:
             content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(content, dict) or set(content) - {"plugins"}:
+        names = (content.get("plugins") or []) if isinstance(content, dict) and not set(content) - {"plugins"} else None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"{file}: holds only a `plugins:` list of Python files")
-        return [file.parent / name for name in content.get("plugins") or []]
+        return [file.parent / name for name in names]
 
     def choices(self, group: str) -> dict[str, Path | None]:
         """Every name a group can take -> its YAML (None for a declaration without one)."""
@@ -76,7 +79,13 @@ class Workspace:
         return dict(sorted(found.items()))
 
     def compose(self, choices: dict[str, list[str]]) -> dict[str, Any]:
-        """The composed configuration of these choices as plain containers."""
+        """The composed configuration of these choices as plain containers (the caller's own copy)."""
+        key = str(sorted(choices.items()))
+        if key not in self.composed:  # a grid has many points and few choices
+            self.composed[key] = self._compose(choices)
+        return deepcopy(self.composed[key])
+
+    def _compose(self, choices: dict[str, list[str]]) -> dict[str, Any]:
         from hydra import compose, initialize_config_dir
         from hydra.core.config_store import ConfigStore
         from hydra.errors import HydraException
@@ -118,7 +127,7 @@ def parse(overrides: Sequence[str], *, sweep: bool = False) -> list[Words]:
             reason = str(error).splitlines()[0]
             raise UserError(f"{text}: cannot be read as key=value ({reason})") from None
         key = parsed.key_or_group
-        if parsed.is_add() or parsed.is_delete() or parsed.package is not None:
+        if parsed.is_add() or parsed.is_force_add() or parsed.is_delete() or parsed.package is not None:
             raise UserError(f"{text}: write {key}=value without +, ~ or @")
         if not parsed.is_sweep_override():
             axes.append([(key, _plain(parsed.value()))])
@@ -165,7 +174,9 @@ def runs(workspace: Workspace, overrides: Sequence[str], *, sweep: bool = False)
     An option of a method or task that only part of a grid has applies where it exists; one that
     no run has is an error.
     """
-    made, unused, used = [], {}, set()
+    made: list[Run] = []
+    unused: dict[str, UserError] = {}
+    used: set[str] = set()
     for words in parse(overrides, sweep=sweep):
         for name in words.choices.get("task", [None]):
             choices = words.choices | ({"task": [name]} if name else {})

@@ -67,6 +67,8 @@ class Taxonomy:
     @property
     def label(self) -> str:
         """The handbook's derived name: pruning, sparse training, post-training pruning ..."""
+        if self.object == "none":
+            return "reference"
         if self.start == "sparse_to_sparse":
             return "dynamic sparse training" if self.mask_dynamics == "dynamic" else "sparse training"
         if self.object != "weights":
@@ -98,7 +100,7 @@ class Option:
         if self.choices is not None:
             return " | ".join(map(str, self.choices))
         bounds = [
-            f"{sign} {bound:g}"
+            f"{sign} {bound:.12g}"
             for sign, bound in ((">=", self.low), (">", self.above), ("<=", self.high), ("<", self.below))
             if bound is not None
         ]
@@ -128,10 +130,12 @@ class Option:
         if base == "float":
             value = float(value)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            bounds = (
-                (self.low, value.__ge__), (self.high, value.__le__), (self.above, value.__gt__), (self.below, value.__lt__)
-            )  # fmt: skip
-            outside = any(bound is not None and not test(type(value)(bound)) for bound, test in bounds)
+            outside = (
+                (self.low is not None and value < self.low)
+                or (self.high is not None and value > self.high)
+                or (self.above is not None and value <= self.above)
+                or (self.below is not None and value >= self.below)
+            )
             if not math.isfinite(value) or outside:
                 raise UserError(f"{name}={value}: must be {_WORDS.get(base, 'a number')}{self._hint()}")
         if self.choices is not None and value not in self.choices:

@@ -10,7 +10,7 @@ import importlib
 import platform
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -54,22 +54,53 @@ class Experiment:
     store: Store
     progress: Progress = lambda what, done, total: None
     kept: SparseModel | None = None
+    saved: set[tuple[str, str]] = field(default_factory=set)  # (folder, sparse model id), written by this object
     clock: Callable[[], float] = field(default=time.perf_counter)
+
+    def check(self, runs: Sequence[Run]) -> None:
+        """UserError when any of the runs is bad input, so that a grid starts whole or not at all.
+
+        Each model that is needed is loaded once for this. What the store answers is not checked again.
+        """
+        pending: dict[str, list[Run]] = {}
+        for run in runs:
+            loader = self._loader(run)
+            content = loader.content()
+            self._check_save(run, run.sparse_model_id(content))
+            if run.options.force or not self._answer(run.run_id(content)):
+                pending.setdefault(str(run.model), []).append(run)
+        for group in pending.values():
+            loaded = self._loader(group[0]).load()
+            for run in {str((run.methods, run.calibration, run.seed)): run for run in group}.values():
+                self._fitting(run, loaded)
+            for run in {str(run.task): run for run in group}.values():
+                self._task(run).prepare(loaded, partial(self.workspace.catalogue.load, "corpus"))
 
     def run(self, run: Run) -> dict[str, Any]:
         """The run's record: from the store if it is there, else made now. UserError on bad input."""
-        loader = self.workspace.catalogue.load("model", run.model.name)(**run.model.options)
+        loader = self._loader(run)
         content = loader.content()
         model_id, run_id = run.sparse_model_id(content), run.run_id(content)
-        known = self.store.find(run_id)
-        if known and known["status"] == "ok" and not run.options.force:
+        self._check_save(run, model_id)
+        known = self._answer(run_id)
+        if known and not run.options.force:
             if run.options.save:
                 self._save(run, self._sparse_model(run, model_id, loader))
             return known
-        task = self.workspace.catalogue.load("task", run.task.name)(**run.task.options)
+        task = self._task(run)
         sparsify = self._prepared(run, model_id, loader)
         prepared = task.prepare(sparsify.keywords["loaded"], partial(self.workspace.catalogue.load, "corpus"))
         return self._recorded(run, model_id, run_id, sparsify, task, prepared)
+
+    def _loader(self, run: Run) -> Any:
+        return self.workspace.catalogue.load("model", run.model.name)(**run.model.options)
+
+    def _task(self, run: Run) -> Any:
+        return self.workspace.catalogue.load("task", run.task.name)(**run.task.options)
+
+    def _answer(self, run_id: str) -> dict[str, Any] | None:
+        known = self.store.find(run_id)
+        return known if known and known["status"] == "ok" else None
 
     def _recorded(
         self, run: Run, model_id: str, run_id: str, sparsify: partial[SparseModel], task: Any, prepared: Any
@@ -117,10 +148,7 @@ class Experiment:
 
             torch.set_num_threads(run.options.threads)
         loaded = loader.load()
-        methods = [(part.label, self._build(part.name, part.options)) for part in run.methods]
-        windows = self._calibration(run, loaded)
-        for family, stack in _families(self.workspace, run, methods):
-            family.check(stack, loaded.model)
+        methods, windows = self._fitting(run, loaded)
         return partial(
             _sparsify,
             self.workspace,
@@ -132,6 +160,14 @@ class Experiment:
             progress=self.progress,
             device=loaded.device,
         )
+
+    def _fitting(self, run: Run, loaded: LoadedModel) -> tuple[list[tuple[str, Any]], Any]:
+        """The methods and the calibration windows. UserError when they do not fit the model."""
+        methods = [(part.label, self._build(part.name, part.options)) for part in run.methods]
+        windows = self._calibration(run, loaded)
+        for family, stack in _families(self.workspace, run, methods):
+            family.check(stack, loaded.model)
+        return methods, windows
 
     def _build(self, name: str, options: dict[str, Any]) -> Any:
         return self.workspace.catalogue.load("method", name)(**options)
@@ -153,11 +189,22 @@ class Experiment:
         self.kept = self._prepared(run, model_id, loader)()
         return self.kept
 
+    def _check_save(self, run: Run, model_id: str) -> None:
+        from sparsebench.models.saving import check_folder
+
+        if run.options.save and (run.options.save, model_id) not in self.saved:
+            check_folder(Path(run.options.save))
+
     def _save(self, run: Run, sparse: SparseModel) -> None:
+        """Writes the sparse model, once for all of its tasks."""
         from sparsebench.models.saving import save_model
 
+        place = (str(run.options.save), sparse.id)
+        if place in self.saved:
+            return
         notes = {"sparse_model_id": sparse.id, "achieved": sparse.achieved.scope, "run": run.to_dict()}
-        save_model(sparse.loaded, Path(str(run.options.save)), notes)
+        save_model(sparse.loaded, Path(place[0]), notes)
+        self.saved.add(place)
 
 
 def _again(sparse: SparseModel, **_: Any) -> SparseModel:

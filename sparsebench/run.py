@@ -107,7 +107,7 @@ class Run:
         """Everything that was resolved, for the store."""
 
         def plain(part: Part | None) -> dict[str, Any] | None:
-            return part and {"label": part.label, "name": part.name, "version": part.version, "options": part.options}
+            return None if part is None else {"label": part.label, "name": part.name, "version": part.version, "options": part.options}
 
         return {
             "methods": [plain(method) for method in self.methods],

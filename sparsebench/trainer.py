@@ -139,11 +139,7 @@ class Trainer:
 
     def _one_step(self) -> None:
         config, length = self.config, self.config.length_at(self.step)
-        rng = Random(f"train/{config.seed}/{self.step}")
-        batches = {
-            name: source.batch(rng, max(1, round(share * config.batch_tokens / length)), length)
-            for name, (source, share) in self.sources.items()
-        }
+        batches = self._batches(length)
         for optimiser, rates in zip(self.optimisers, self._base_rates, strict=True):
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * config.rate_at(self.step)
@@ -165,6 +161,16 @@ class Trainer:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         self._call("after_step")
+
+    def _batches(self, length: int) -> dict[str, Batch]:
+        """The step's data by source, where the model is."""
+        rng = Random(f"train/{self.config.seed}/{self.step}")
+        device = next(self.model.parameters()).device
+        batches = {}
+        for name, (source, share) in self.sources.items():
+            batch = source.batch(rng, max(1, round(share * self.config.batch_tokens / length)), length)
+            batches[name] = Batch(batch.ids.to(device), batch.weights.to(device))
+        return batches
 
     def _call(self, point: str, *arguments: object) -> None:
         for hook in self.hooks:
@@ -193,8 +199,9 @@ class Trainer:
 
     def _resume(self) -> None:
         if not self._checkpoint.exists():
+            self._forget_log()
             return
-        state = torch.load(self._checkpoint, weights_only=True)
+        state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)  # loading moves it
         if state["config"] != json.dumps(asdict(self.config)):
             raise ValueError(
                 f"{self._checkpoint} was made with other training settings; name another folder or remove it"
@@ -203,10 +210,20 @@ class Trainer:
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         self.step, self.tokens = state["step"], state["tokens"]
+        self._forget_log()
+
+    def _forget_log(self) -> None:
+        """Drops what was logged after the checkpoint (a torn last line too): those steps come again."""
+        path = self.folder / "log.jsonl"
+        if not path.exists():
+            return
+        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= self.step))
 
 
 def _optimisers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
         (matrices if inside else others).append(parameter)

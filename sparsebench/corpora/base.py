@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-_MAX_DRAWS = 100_000
+_MAX_MISSES = 100_000  # draws in a row that found no document long enough
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,18 @@ class Corpus(Declared):
             raise UserError("calibration: the corpus has no training documents")
         rng, encoded = Random(seed), {}
         sequences: list[list[int]] = []
-        draws = 0
+        misses = 0
         while len(sequences) < self.nsamples:
             index = rng.randint(0, len(documents) - 1)
             if index not in encoded:
                 encoded[index] = tokenizer(documents[index], verbose=False)["input_ids"]
             ids = encoded[index]
-            draws += 1
+            misses += 1
             if len(ids) > length:
+                misses = 0
                 start = rng.randint(0, len(ids) - length - 1)
                 sequences.append(ids[start : start + length])
-            elif draws > _MAX_DRAWS or (len(encoded) == len(documents) and max(map(len, encoded.values())) <= length):
+            elif misses > _MAX_MISSES or (len(encoded) == len(documents) and max(map(len, encoded.values())) <= length):
                 longest = max(map(len, encoded.values()))
-                raise UserError(
-                    f"calibration.seqlen={length}: no document of the corpus is longer; the longest has {longest} tokens"
-                )
+                raise UserError(f"calibration.seqlen={length}: no document is longer; the longest has {longest} tokens")
         return torch.tensor(sequences)

@@ -18,6 +18,8 @@ def read_text(option_name: str, path: str) -> str:
         raise UserError(f"{option_name}={path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise UserError(f"{option_name}={path}: cannot be read ({error.strerror})") from None
+    except RuntimeError as error:  # what pathlib raises for the home folder of a user that does not exist
+        raise UserError(f"{option_name}={path}: cannot be read ({error})") from None
     if not text.strip():
         raise UserError(f"{option_name}={path}: the file is empty")
     return text

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from sparsebench.corpora.base import Corpus
 from sparsebench.declare import corpus, option
+from sparsebench.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,8 +109,8 @@ def _end(sentence: Sentence) -> Sentence:
 
 
 def _number(value: int) -> Sentence:
-    first, *rest = str(value)
-    return [" " + first, *rest]
+    digits = list(str(value))
+    return [" " + digits[0], *digits[1:]]
 
 
 def _subject(rng: Random) -> Sentence:
@@ -201,6 +202,8 @@ def _common_words(rng: Random, options: Options, length: int) -> tuple[list[Sent
     words = rng.sample(OBJECTS, options.items)
     size = max(4 * options.items // 2, (length - 8) * 3 // 4 - 3)
     common = max(3, 3 * size // 10)
+    if options.items < 2 or -(-(size - common) // (options.items - 1)) >= common:
+        raise ValueError(f"tinyworld: common_words with {options.items} items has no most common word (from 4 on)")
     rest = [words[1 + i % (options.items - 1)] for i in range(size - common)]
     shuffled = [words[0]] * common + rest
     rng.shuffle(shuffled)
@@ -288,17 +291,31 @@ class Tinyworld(Corpus):
 
     def documents(self, split: str) -> list[str]:
         first = TRAIN_SEEDS.start if split == "train" else 0 if split == "test" else 10**8
-        return [document.text for document in self._documents(first, self.count)]
+        return [document.text for document in self._documents(first, self.count, self.seqlen or 256)]
 
-    def _documents(self, first: int, count: int) -> list[Document]:
+    @staticmethod
+    def _documents(first: int, count: int, length: int) -> list[Document]:
         tasks = list(TASKS)
-        return [document(tasks[i % len(tasks)], self.seqlen or 256, first + i) for i in range(count)]
+        return [document(tasks[i % len(tasks)], length, first + i) for i in range(count)]
 
     def windows(self, tokenizer: PreTrainedTokenizerBase, context: int, seed: int) -> Tensor:
-        """Whole training documents: (nsamples, seqlen) int64; needs a tokenizer to which every word is one token."""
+        """Training documents behind the tokenizer's beginning of text: (nsamples, seqlen) int64.
+
+        With the ladder's tokenizer they are whole; one that splits words sees only their first ``seqlen``
+        tokens. UserError when ``seqlen`` is above the context.
+        """
         import torch
 
+        length = self.seqlen or min(context, MAX_LENGTH)
+        if not MIN_LENGTH <= length <= context:
+            raise UserError(
+                f"calibration.seqlen={length}: must be from {MIN_LENGTH} to the model's context of {context} tokens"
+            )
         first = TRAIN_SEEDS.start + seed * self.nsamples
-        rows = [tokenizer(BEGIN + d.text, add_special_tokens=False)["input_ids"] for d in self._documents(first, self.nsamples)]
-        shortest = min(map(len, rows))
+        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        rows = [
+            [*begin, *tokenizer(one.text, add_special_tokens=False, verbose=False)["input_ids"]][:length]
+            for one in self._documents(first, self.nsamples, length)
+        ]
+        shortest = min(map(len, rows))  # below ``length`` only where the tokenizer has no beginning of text
         return torch.tensor([row[:shortest] for row in rows])

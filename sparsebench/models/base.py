@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+        return next(self.model.parameters()).device
 
 
 class ModelLoader(Protocol):
@@ -34,6 +34,3 @@ class ModelLoader(Protocol):
         """What identifies the weights in the run id: a hub revision or a sha256 of the weight
         files. Needs no torch."""
         ...
-
-
-Fields = dict[str, Any]

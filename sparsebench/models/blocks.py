@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ class BlockCalls:
     def __call__(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """hidden: (rows, tokens, hidden size) -> the block's output of the same shape."""
         args, kwargs = self.arguments[index]
-        output = block(hidden, *args, **kwargs)
+        output: Tensor | tuple[Tensor, ...] = block(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
 
@@ -54,7 +54,7 @@ class _Captured(Exception):
 
 
 @torch.no_grad()
-def capture(model: nn.Module, blocks: Sequence[nn.Module], windows: Tensor) -> BlockInputs:
+def capture(model: nn.Module, blocks: nn.ModuleList, windows: Tensor) -> BlockInputs:
     """Runs ``windows`` (sequences, tokens) up to the first block; replays of the blocks follow.
 
     One whole forward per distinct shape records all arguments of every block; the rest stop at block 0.
@@ -72,7 +72,7 @@ def capture(model: nn.Module, blocks: Sequence[nn.Module], windows: Tensor) -> B
     return BlockInputs(hidden, calls)
 
 
-def _arguments(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor) -> BlockCalls:
+def _arguments(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> BlockCalls:
     seen: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def record(index: int) -> Callable[..., None]:

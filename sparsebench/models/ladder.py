@@ -45,8 +45,8 @@ class Rung:
 
 
 RUNGS = {
-    "tiny_100k": Rung(hidden=48, layers=2, heads=4, intermediate=128, steps=3500, lr=6e-3, muon_lr=2e-2),
-    "tiny_400k": Rung(hidden=96, layers=3, heads=4, intermediate=256, steps=4500, lr=5e-3, muon_lr=2e-2),
+    "tiny_100k": Rung(hidden=48, layers=2, heads=4, intermediate=128, steps=2500, lr=6e-3, muon_lr=2e-2),
+    "tiny_400k": Rung(hidden=96, layers=3, heads=4, intermediate=256, steps=3000, lr=5e-3, muon_lr=2e-2),
     "tiny_1m": Rung(hidden=128, layers=5, heads=4, intermediate=352, steps=5000, lr=4e-3, muon_lr=1.5e-2),
 }
 
@@ -108,7 +108,7 @@ class TinyworldSource:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         words = tinyworld.vocabulary()
-        self.ids = dict(zip(words, tokenizer.convert_tokens_to_ids([_piece(tokenizer, w) for w in words]), strict=True))
+        self.ids = {word: tokenizer.convert_tokens_to_ids(_piece(tokenizer, word)) for word in words}
 
     def batch(self, rng: Random, rows: int, length: int) -> Batch:
         ids = torch.zeros(rows, length + 1, dtype=torch.int64)
@@ -145,7 +145,9 @@ def _piece(tokenizer: PreTrainedTokenizerBase, word: str) -> str:
 
 
 @torch.no_grad()
-def held_out(model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: TinyworldSource, windows: int = 64) -> dict[str, float]:
+def held_out(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: TinyworldSource, windows: int = 64
+) -> dict[str, float]:
     """Bits per byte on kjv validation windows of 512 tokens, exact-answer accuracy of each tinyworld task at 512."""
     stream = encode_kjv(tokenizer, "validation")[: windows * 512].reshape(-1, 512)
     nll, scores = 0.0, {}
@@ -179,7 +181,7 @@ def train(name: str, folder: Path) -> None:
         evaluate=lambda trained: held_out(trained, tokenizer, source),
     )
     trainer.fit()
-    model.to(torch.bfloat16).save_pretrained(folder / name / "hf")
+    model.bfloat16().save_pretrained(folder / name / "hf")
     tokenizer.save_pretrained(folder / name / "hf")
 
 

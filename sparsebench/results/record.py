@@ -26,7 +26,7 @@ COLUMNS: dict[str, str] = {
     "calibration": "name of the calibration corpus; empty when the method uses none",
     "task": "name of the task",
     "sparsity": "what was asked for: zeros / all over the method's declared scope",
-    "pattern": "n:m, n kept of every m along the input dimension; empty when unstructured",
+    "pattern": "unstructured, or n:m: n kept of every m along the input dimension",
     "achieved": "what was counted on the result, over the same scope",
     "achieved_model": "what was counted on the result, over all parameters of the model",
     "seed": "seed of the run; empty when nothing in it is random",
@@ -36,7 +36,7 @@ COLUMNS: dict[str, str] = {
     "metric": "name of the task's primary score",
     SCORES: "one triple of columns per score: <score> its value, <score>_stderr its standard error (empty where "
     "none is defined), <score>_n the number of samples; sorted by name",
-    "flops_prefill": "FLOPs per token of a prefill of cost_length tokens, 2 per multiply-add",
+    "flops_prefill": "FLOPs per token, averaged over a prefill of cost_length tokens, 2 per multiply-add",
     "flops_prefill_dense": "the same for the dense model",
     "flops_decode": "FLOPs to decode one token after cost_length tokens",
     "flops_decode_dense": "the same for the dense model",

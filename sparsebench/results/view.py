@@ -123,7 +123,7 @@ def _terminal(records: Sequence[Record]) -> str:
         grid.add_row(
             _text(record.get("run_id"))[:_SHORT],
             *(_text(record.get(column)) for column in ("method", "model", "task")),
-            " ".join(filter(None, (_number(record.get("sparsity"), ".6g"), _text(record.get("pattern"))))),
+            _level(record),
             _number(record.get("achieved"), ".4f"),
             _score(record, named=not score),
             _text(record.get("status")),
@@ -135,6 +135,14 @@ def _terminal(records: Sequence[Record]) -> str:
     with console.capture() as capture:
         console.print(grid)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n") + "\n"
+
+
+def _level(record: Record) -> str:
+    """``0.5``, or ``0.5 2:4`` where a pattern was asked for."""
+    pattern = _text(record.get("pattern"))
+    return " ".join(
+        filter(None, (_number(record.get("sparsity"), ".6g"), "" if pattern == "unstructured" else pattern))
+    )
 
 
 def _score(record: Record, *, named: bool) -> str:

@@ -43,8 +43,14 @@ class Perplexity(Declared):
     column: str | None = option(None, "corpus=hub: its text column")
     context: int | None = option(None, "tokens of a window; the model's context if not given", low=2, high=1_048_576)
     windows: int | None = option(None, "score only the first so many windows", low=1)
-    protocol: str = option("windows", "one forward per window, or a prefill and the rest through the cache", choices=("windows", "continuation"))
-    prefill: int | None = option(None, "protocol=continuation: tokens of the prefill; half the context if not given", low=1)
+    protocol: str = option(
+        "windows",
+        "one forward per window, or a prefill and the rest through the cache",
+        choices=("windows", "continuation"),
+    )
+    prefill: int | None = option(
+        None, "protocol=continuation: tokens of the prefill; half the context if not given", low=1
+    )
     step: int = option(0, "protocol=continuation: tokens per decode step, 0 for the rest at once", low=0)
 
     def text(self, corpora: Any) -> str:
@@ -65,6 +71,9 @@ class Perplexity(Declared):
         context = self.context or model.context
         if context > model.context:
             raise UserError(f"task.context={context}: {model.name} has a context of {model.context} tokens")
+        if self.protocol == "windows" and (self.prefill is not None or self.step):
+            wrong = f"prefill={self.prefill}" if self.prefill is not None else f"step={self.step}"
+            raise UserError(f"task.{wrong}: goes with task.protocol=continuation, not windows")
         prefill = (self.prefill or context // 2) if self.protocol == "continuation" else 0
         if prefill >= context:
             raise UserError(f"task.prefill={prefill}: must be below the window of {context} tokens")

@@ -8,6 +8,7 @@ which is what greedy decoding from the same prompt would produce. Documents are 
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,6 @@ from sparsebench.errors import UserError, closest
 from sparsebench.models.base import LoadedModel
 from sparsebench.tasks.base import Evaluation, Outcome, Score
 from sparsebench.tasks.scoring import score_tokens
-
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,16 @@ class TinyworldTask(Declared):
     hops: int = option(2, "variable_tracking: copy steps from the variable to its value", low=1, high=8)
     keys: int = option(0, "retrieval and two_hop: needles in a document, 0 to grow with the length", low=0, high=32)
     items: int = option(8, "copy, common_words: words of the list", low=2, high=32)
-    protocol: str = option("windows", "one forward per document, or context first and the question through the cache", choices=("windows", "continuation"))
+    protocol: str = option(
+        "windows",
+        "one forward per document, or context first and the question through the cache",
+        choices=("windows", "continuation"),
+    )
 
     def prepare(self, model: LoadedModel, corpora: Any) -> dict[str, list[Encoded]]:
         """The encoded documents by task. UserError for an unknown task or documents that do not fit."""
+        if not self.tasks:
+            raise UserError(f"task.tasks: name at least one of {', '.join(tinyworld.TASKS)}")
         for name in self.tasks:
             if name not in tinyworld.TASKS:
                 raise UserError(f"task.tasks={name}: unknown tinyworld task{closest(name, tinyworld.TASKS)}")
@@ -79,16 +85,18 @@ class TinyworldTask(Declared):
             document = tinyworld.document(name, self.length, seed, options)
         except ValueError as error:
             raise UserError(f"task.length={self.length}: {error}") from None
-        ids, positions = encode(model, document)
+        ids, spans = encode(model, document)
         if len(ids) > model.context:
-            raise UserError(f"task.length={self.length}: {len(ids)} tokens; {model.name} has a context of {model.context}")
-        answers = [(positions[start - 1] + 1, positions[end - 1] + 1) for start, end in document.answers]
-        return Encoded(f"{name}/{seed}", ids, positions[document.question - 1] + 1, answers)
+            raise UserError(
+                f"task.length={self.length}: {len(ids)} tokens; {model.name} has a context of {model.context}"
+            )
+        answers = [(spans[start][0], spans[end - 1][1]) for start, end in document.answers]
+        return Encoded(f"{name}/{seed}", ids, spans[document.question - 1][1], answers)
 
     def evaluate(self, model: LoadedModel, how: Evaluation, prepared: dict[str, list[Encoded]]) -> Outcome:
         samples: list[dict[str, Any]] = []
         scores: dict[str, Score] = {}
-        total = sum(map(len, prepared.values()))
+        done, total = 0, sum(map(len, prepared.values()))
         for name, documents in prepared.items():
             values = []
             for batch in self._batches(documents, max(1, how.batch_size * 512 // self.length)):
@@ -97,7 +105,8 @@ class TinyworldTask(Declared):
                     rows = [{"sample": f"{document.name}/{q}", "task": name, "correct": r} for q, r in enumerate(right)]
                     samples += rows
                     values.append(sum(right) / len(right))
-                how.progress(len({row["sample"].rsplit("/", 1)[0] for row in samples}), total)
+                done += len(batch)
+                how.progress(done, total)
             scores[f"accuracy/{name}"] = Score.mean(values)
         average = sum(score.value for score in scores.values()) / len(scores)
         errors = [score.stderr for score in scores.values()]
@@ -116,28 +125,29 @@ class TinyworldTask(Declared):
 
     def _hits(self, model: LoadedModel, batch: list[Encoded]) -> Tensor:
         """(rows, tokens) bool: token t is the most likely one. Rows are padded on the right, which a
-        causal model never sees."""
+        causal model never sees. FloatingPointError when the model's outputs are not numbers."""
         longest = max(len(document.ids) for document in batch)
         ids = torch.tensor([document.ids + [0] * (longest - len(document.ids)) for document in batch])
         prefill = batch[0].question if self.protocol == "continuation" else 0
-        _, hits = score_tokens(model, ids, prefill=prefill)
+        nll, hits = score_tokens(model, ids, prefill=prefill)
+        if nll.isnan().any():  # their largest is meaningless, yet would count as a finite accuracy
+            raise FloatingPointError("tinyworld: the model's logits are not numbers (NaN)")
         return torch.nn.functional.pad(hits, (longest - hits.shape[1], 0))
 
 
-def encode(model: LoadedModel, document: tinyworld.Document) -> tuple[list[int], list[int]]:
-    """The document's ids and, for each of its tokens, the place of its (last) id; works with any fast
-    tokenizer by character offsets. The first id is the tokenizer's beginning of text, if it has one."""
+def encode(model: LoadedModel, document: tinyworld.Document) -> tuple[list[int], list[tuple[int, int]]]:
+    """The document's ids and, for each of its tokens, the half-open range of ids that cover it.
+
+    Works with any fast tokenizer by character offsets; an id that covers parts of two tokens belongs
+    to both. The first id is the tokenizer's beginning of text, if it has one.
+    """
     tokenizer = model.tokenizer
     encoded = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    ids = [*first, *encoded["input_ids"]]
-    ends, at = [], 0
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ends = [end for _, end in encoded["offset_mapping"]]  # starts may leave out a leading space; ends never do
+    spans, begin = [(0, len(first))], 0
     for token in document.tokens[1:]:
-        at += len(token)
-        ends.append(at)
-    positions, place = [0], 0
-    for end in ends:
-        while encoded["offset_mapping"][place][1] < end:
-            place += 1
-        positions.append(place + len(first))
-    return ids, positions
+        end = begin + len(token)
+        spans.append((len(first) + bisect_right(ends, begin), len(first) + bisect_left(ends, end) + 1))
+        begin = end
+    return [*first, *encoded["input_ids"]], spans

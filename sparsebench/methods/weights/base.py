@@ -93,14 +93,21 @@ class WeightMethod(Declared):
 class Pruner(WeightMethod):
     """Base of methods that are asked for a level: ``sparsity``, or an n:m ``pattern``."""
 
-    sparsity: float | None = option(None, "zeros / all over the method's scope; the run's sparsity if not given", low=0.0, below=1.0)
+    sparsity: float | None = option(
+        None, "zeros / all over the method's scope; the run's sparsity if not given", low=0.0, below=1.0
+    )
     pattern: str | None = option(None, "unstructured or n:m with n kept; the run's pattern if not given")
     remainder: str = option(
-        "refuse", "columns behind the last whole n:m group: refuse the layer, or leave them dense", choices=("refuse", "dense")
+        "refuse",
+        "columns behind the last whole n:m group: refuse the layer, or leave them dense",
+        choices=("refuse", "dense"),
     )
 
     @property
     def level(self) -> float:
+        """The sparsity to reach: what n:m implies, what was asked, or a half."""
+        if self.n_of_m:
+            return 1 - self.n_of_m[0] / self.n_of_m[1]
         return 0.5 if self.sparsity is None else self.sparsity
 
     @property
@@ -160,8 +167,8 @@ class ScorePruner(Pruner):
 
     def tolerance(self, layers: Sequence[Layer]) -> float:
         if self.n_of_m:
-            ragged = any(layer.weight.shape[1] % self.n_of_m[1] for layer in layers)
-            return 1.0 if ragged else 1e-9
+            columns = [layer.weight.shape[1] for layer in layers]
+            return 1e-9 + max(self.level * (count % self.n_of_m[1]) / count for count in columns)
         if self.group == "row":
             return max(1 / layer.weight.shape[1] for layer in layers)
         return max(2 / layer.weight.numel() for layer in layers)
@@ -194,7 +201,9 @@ def scoped_layers(model: nn.Module, method: WeightMethod, seed: int) -> list[lis
             layer.generator.manual_seed(seed * 1_000_003 + index * 1009 + place)
         found.append(layers)
     if not any(found):
-        raise UserError(f"include={list(method.include)} exclude={list(method.exclude)}: no linear layer is left in scope")
+        raise UserError(
+            f"include={list(method.include)} exclude={list(method.exclude)}: no linear layer is left in scope"
+        )
     return found
 
 
@@ -257,7 +266,7 @@ def _measure(stack: Stack, index: int, block: nn.Module, layers: list[Layer], in
     make = stack.data()
     if make is None:
         return inputs.run(index, block)
-    with gathering({layer.name: layer.module for layer in layers}, make) as found:
+    with gathering(block, {layer.name: layer.module for layer in layers}, make) as found:
         outputs = inputs.run(index, block)
     for layer in layers:
         if layer.name not in found:
@@ -269,7 +278,7 @@ def _measure(stack: Stack, index: int, block: nn.Module, layers: list[Layer], in
 def _zero(name: str, selector: WeightMethod, layer: Layer, mask: Tensor) -> LayerReport:
     """Sets the pruned entries to zero and counts."""
     weight = layer.weight
-    weight[~mask] = 0
+    weight[~mask & (weight != 0)] = 0  # a -0.0 that is there already stays: no bit changes without need
     pattern = str(getattr(selector, "pattern", None) or "unstructured")
     pruned = int((~mask).sum())
     spare = int(((weight == 0) & mask).sum())

@@ -18,7 +18,11 @@ from sparsebench.methods.weights.base import Layer, WeightMethod
     phase="once",
     stage="select",
     taxonomy=Taxonomy(
-        object="weights", granularity=("unstructured", "n:m", "none"), when_mask_is_found="after_training", start="na", allocation="na"
+        object="weights",
+        granularity=("unstructured", "n:m", "none"),
+        when_mask_is_found="after_training",
+        start="na",
+        allocation="na",
     ),
 )
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ from sparsebench.methods.weights.base import Layer, ScorePruner
 class Magnitude(ScorePruner):
     """Removes the weights with the smallest absolute value."""
 
-    exact_count: bool = option(False, "group=layer: prune exactly int(numel * sparsity) instead of all ties at the threshold")
+    exact_count: bool = option(
+        False, "group=layer: prune exactly int(numel * sparsity) instead of all ties at the threshold"
+    )
 
     def score(self, layer: Layer) -> Tensor:
         return layer.weight.abs().float()

@@ -36,8 +36,9 @@ def keep_above_threshold(scores: Tensor, sparsity: float) -> Tensor:
 def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     """In each aligned group of ``m`` columns of a row the ``m - n`` smallest go; columns of a last
     shorter group stay."""
-    whole = scores.shape[1] // m * m
-    groups = scores[:, :whole].reshape(scores.shape[0], -1, m)
+    count = scores.shape[1] // m  # spelled out below: -1 is ambiguous when no whole group fits
+    whole = count * m
+    groups = scores[:, :whole].reshape(scores.shape[0], count, m)
     order = torch.sort(groups, dim=2, stable=True).indices[:, :, : m - n]
     kept = torch.ones_like(groups, dtype=torch.bool).scatter_(2, order, False)
     mask = torch.ones_like(scores, dtype=torch.bool)

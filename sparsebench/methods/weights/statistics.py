@@ -13,8 +13,9 @@ from torch import Tensor, nn
 class Statistic(Protocol):
     """What a method wants to know of a layer's inputs."""
 
-    def add(self, inputs: Tensor) -> None:
-        """inputs: (sequences, tokens, in), the layer's input of one call."""
+    def add(self, inputs: Tensor, sequences: int) -> None:
+        """inputs: (..., in), the layer's input of one call; sequences: how many the block was called with
+        (some models flatten sequences and tokens before their MLP, so the shape does not tell)."""
         ...
 
 
@@ -29,8 +30,8 @@ class InputNorm:
         self.norm, self.sequences = norm, 0
         self.value: Tensor = torch.zeros(())
 
-    def add(self, inputs: Tensor) -> None:
-        sequences, features = (inputs.shape[0] if inputs.ndim == 3 else 1), inputs.shape[-1]
+    def add(self, inputs: Tensor, sequences: int) -> None:
+        features = inputs.shape[-1]
         x = inputs.reshape(-1, features).t().float()
         if self.sequences == 0:
             self.value = torch.zeros(features, device=x.device)
@@ -50,8 +51,8 @@ class InputNorm:
 
 
 @contextmanager
-def gathering(layers: Mapping[str, nn.Linear], make: Callable[[], Statistic]) -> Any:
-    """Attaches a statistic to each layer and yields {name: statistic}; hooks are always removed.
+def gathering(block: nn.Module, layers: Mapping[str, nn.Linear], make: Callable[[], Statistic]) -> Any:
+    """Attaches a statistic to each of the block's layers, yields {name: statistic}; hooks are always removed.
 
     Layers that receive the same tensor object in a call (q, k and v; gate and up) share one
     statistic: the first of them adds, the others look at it. Results do not change.
@@ -59,6 +60,11 @@ def gathering(layers: Mapping[str, nn.Linear], make: Callable[[], Statistic]) ->
     found: dict[str, Statistic] = {}
     leader: dict[str, str] = {}
     last: list[tuple[Tensor, str]] = []
+    sequences = 0
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal sequences
+        sequences = args[0].shape[0]
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def look(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -69,11 +75,12 @@ def gathering(layers: Mapping[str, nn.Linear], make: Callable[[], Statistic]) ->
                 found[name] = found[same] if same != name else make()
             if leader[name] == name:
                 last[:] = [(inputs, name)]
-                found[name].add(inputs)
+                found[name].add(inputs, sequences)
 
         return look
 
     with ExitStack() as stack:
+        stack.callback(block.register_forward_pre_hook(enter).remove)
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
         yield found

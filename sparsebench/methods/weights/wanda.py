@@ -43,11 +43,15 @@ from sparsebench.methods.weights.statistics import InputNorm, Statistic
 class Wanda(ScorePruner):
     """Removes the weights with the smallest |weight| x input norm, within each output row."""
 
-    group: str = option("row", "weights that are compared (layer, global: ablations)", choices=("row", "layer", "global"))
+    group: str = option(
+        "row", "weights that are compared (layer, global: ablations)", choices=("row", "layer", "global")
+    )
     norm: str = option("l2", "norm of the input feature (l1, linf: ablations)", choices=("l1", "l2", "linf"))
     use_variant: bool = option(False, "prune each row up to a share alpha of its summed score (the paper's appendix)")
     sequential: str = option(
-        "block", "what calibration sees pruned: earlier blocks, earlier layers too, or nothing", choices=("block", "layer", "none")
+        "block",
+        "what calibration sees pruned: earlier blocks, earlier layers too, or nothing",
+        choices=("block", "layer", "none"),
     )
 
     def statistic(self) -> Callable[[], Statistic] | None:
@@ -63,7 +67,8 @@ class Wanda(ScorePruner):
             raise UserError("method.wanda.use_variant=true: needs group=row and pattern=unstructured")
 
     def score(self, layer: Layer) -> Tensor:
-        return layer.weight.abs().float() * layer.statistic.scale[None, :]
+        scale: Tensor = layer.statistic.scale
+        return layer.weight.abs().float() * scale[None, :]
 
     def select(self, layer: Layer) -> Tensor:
         return keep_variant(self.score(layer), self.level) if self.use_variant else super().select(layer)
@@ -77,6 +82,8 @@ def keep_variant(scores: Tensor, sparsity: float) -> Tensor:
     """Rows lose their smallest scores while the running sum stays <= alpha * the row's sum; one
     alpha for the matrix by bisection: start 0.4 in [0, 0.8], stop within 0.001 of the sparsity or
     when the bracket is below 0.001."""
+    if sparsity == 0:  # the bisection ends at a small alpha, not at 0
+        return torch.ones_like(scores, dtype=torch.bool)
     ascending = torch.sort(scores, dim=1, stable=True).values
     running = ascending.cumsum(dim=1)
     total = scores.sum(dim=1, keepdim=True)

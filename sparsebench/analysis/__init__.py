@@ -1,0 +1,1 @@
+"""What is concluded from records: claims and, built on them, curves, laws and verdicts."""

@@ -1,0 +1,65 @@
+"""The Hessian of a layer's squared output error, and the factor that SparseGPT's sweep needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsebench.errors import UserError
+
+_DAMPINGS = (1.0, 5.0, 10.0, 100.0)  # factors tried on percdamp when the matrix is not positive definite
+
+
+class Hessian:
+    """H = (2 / sequences) * sum over calibration tokens of x x^T: (in, in) float32.
+
+    The factor is made once and kept: layers that share their input (q, k, v; gate, up) share it.
+    """
+
+    def __init__(self) -> None:
+        self.sequences = 0
+        self.value: Tensor = torch.zeros(())
+        self.damping_used: float | None = None
+        self._factor: tuple[float, Tensor] | None = None
+
+    def add(self, inputs: Tensor, sequences: int) -> None:
+        features = inputs.shape[-1]
+        x = inputs.reshape(-1, features).float()
+        if self.sequences == 0:
+            self.value = torch.zeros(features, features, device=x.device)
+        self.value = self.value * (self.sequences / (self.sequences + sequences))
+        self.sequences += sequences
+        x = x * (2 / self.sequences) ** 0.5
+        self.value = self.value + x.t() @ x
+
+    @property
+    def dead(self) -> Tensor:
+        """Features that no calibration token had: (in,) bool."""
+        return self.value.diag() == 0
+
+    def factor(self, percdamp: float) -> Tensor:
+        """U, the upper Cholesky factor of the damped inverse: (in, in), H^-1 = U^T U.
+
+        A matrix that is not positive definite is damped more (5, 10, 100 times), recorded in
+        ``damping_used``; UserError when even that does not help.
+        """
+        if self._factor is not None and self._factor[0] == percdamp:
+            return self._factor[1]
+        hessian = self.value.clone()
+        dead = self.dead
+        hessian[dead, dead] = 1
+        mean = hessian.diag().mean()
+        for more in _DAMPINGS:
+            damped = hessian.clone()
+            damped.diagonal().add_(percdamp * more * mean)
+            lower, wrong = torch.linalg.cholesky_ex(damped)
+            if int(wrong) == 0 and bool(torch.isfinite(lower).all()):
+                upper, wrong = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+                if int(wrong) == 0:
+                    self.damping_used = percdamp * more
+                    self._factor = (percdamp, upper)
+                    return upper
+        raise UserError(
+            f"method.sparsegpt.percdamp={percdamp:g}: the Hessian of a layer is not positive definite even with "
+            f"{_DAMPINGS[-1]:g} times that damping; use more calibration data"
+        )

@@ -1,0 +1,160 @@
+"""SparseGPT: one-shot pruning as layer-wise sparse regression (Frantar, Alistarh 2023, arXiv 2301.00774).
+
+With H = (2 / sequences) * sum x x^T over the calibration tokens, damped, and U the upper Cholesky
+factor of its inverse (H^-1 = U^T U), columns are visited left to right; the saliency of a weight is
+
+    score S_ij = W_ij^2 / U_jj^2
+
+(the optimal-brain-surgeon saliency once all columns to the left are frozen), the mask is chosen on the
+already updated weights - per block of ``blocksize`` columns when unstructured (non-strict threshold,
+so slightly above the asked level), every m columns when n:m - and the error of each column is pushed
+into the columns to its right. With ``wbits`` below 16 the kept weights are rounded to a per-row grid in
+the same sweep. Sparsity counts zeros over the linear layers of the decoder blocks. The released code
+(IST-DASLab/sparsegpt) is followed, except that within a column block the update is applied in strips
+of 16 columns: the same numbers up to rounding, in matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsebench.declare import Taxonomy, method, option
+from sparsebench.errors import UserError
+from sparsebench.methods.weights.base import Layer, Pruner
+from sparsebench.methods.weights.hessian import Hessian
+from sparsebench.methods.weights.masks import keep_n_of_m
+from sparsebench.methods.weights.statistics import Statistic
+
+_STRIP = 16  # columns updated one by one before the rest of the block is updated in one product
+
+
+@method(
+    name="sparsegpt",
+    version=1,
+    paper="Frantar and Alistarh 2023, arXiv 2301.00774",
+    target="weights",
+    phase="once",
+    stage="select",
+    uses=("calibration", "seed"),
+    baseline="magnitude",
+    taxonomy=Taxonomy(
+        object="weights",
+        granularity=("unstructured", "n:m"),
+        when_mask_is_found="after_training",
+        weights_updated_after_mask="closed_form",
+        data_need="calibration",
+    ),
+)
+@dataclass(frozen=True)
+class SparseGPT(Pruner):
+    """Removes weights by optimal-brain-surgeon saliency and updates the others to make up for it."""
+
+    blocksize: int = option(128, "columns that share one mask decision (and one threshold)", low=1)
+    percdamp: float = option(0.01, "damping of the Hessian, as a share of its mean diagonal", above=0.0, high=1.0)
+    wbits: int = option(16, "bits of the kept weights (16: not quantised)", choices=(2, 3, 4, 5, 6, 7, 8, 16))
+    true_sequential: bool = option(False, "measure every layer with the earlier layers of its block pruned")
+
+    def statistic(self) -> Callable[[], Statistic] | None:
+        return Hessian
+
+    @property
+    def order(self) -> str:
+        return "layer" if self.true_sequential else "block"
+
+    def check(self, layers: Sequence[Layer]) -> None:
+        super().check(layers)
+        if self.n_of_m and self.blocksize % self.n_of_m[1]:
+            raise UserError(
+                f"method.sparsegpt.blocksize={self.blocksize}: must be a multiple of {self.n_of_m[1]} "
+                f"for pattern={self.pattern}"
+            )
+
+    def solve(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        if self.level == 0 and self.wbits == 16:
+            return torch.ones_like(layer.weight, dtype=torch.bool), layer.weight
+        hessian: Hessian = layer.statistic
+        weight = layer.weight.float().clone()
+        weight[:, hessian.dead] = 0
+        grid = Grid.of(layer.weight.float(), self.wbits) if self.wbits < 16 else None
+        factor = hessian.factor(self.percdamp)
+        updated = sweep(weight, factor, self.level, self.n_of_m, self.blocksize, grid)
+        return updated != 0, updated.to(layer.weight.dtype)
+
+    def tolerance(self, layers: Sequence[Layer]) -> float:
+        if self.n_of_m or self.wbits < 16:
+            return 0.02  # quantised weights may round to zero; n:m blocks may hold zeros already
+        smallest = min(layer.weight.shape[0] * min(self.blocksize, layer.weight.shape[1]) for layer in layers)
+        return 2 / smallest + 0.02
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A per-row asymmetric grid of 2^bits levels that holds 0 exactly. scale, zero: (out, 1)."""
+
+    scale: Tensor
+    zero: Tensor
+    levels: int
+
+    @classmethod
+    def of(cls, weight: Tensor, bits: int) -> Grid:
+        """The min/max grid of the dense weight (out, in); an all-zero row gets [-1, 1]."""
+        low = weight.amin(dim=1, keepdim=True).clamp(max=0)
+        high = weight.amax(dim=1, keepdim=True).clamp(min=0)
+        empty = (low == 0) & (high == 0)
+        low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
+        scale = (high - low) / (2**bits - 1)
+        return cls(scale, torch.round(-low / scale), 2**bits - 1)
+
+    def round(self, column: Tensor) -> Tensor:
+        """column: (out, 1) -> the nearest grid values."""
+        steps = torch.clamp(torch.round(column / self.scale) + self.zero, 0, self.levels)
+        return self.scale * (steps - self.zero)
+
+
+def sweep(
+    weight: Tensor, factor: Tensor, sparsity: float, n_of_m: tuple[int, int] | None, blocksize: int, grid: Grid | None
+) -> Tensor:
+    """The pruned and updated weight: (out, in) float32, in place of ``weight``; factor U: (in, in) upper."""
+    columns = weight.shape[1]
+    for start in range(0, columns, blocksize):
+        end = min(start + blocksize, columns)
+        block, upper = weight[:, start:end].clone(), factor[start:end, start:end]
+        pruned = torch.zeros_like(block, dtype=torch.bool)
+        if n_of_m is None and sparsity > 0:
+            score = block**2 / upper.diag() ** 2
+            threshold = torch.sort(score.flatten()).values[int(score.numel() * sparsity)]
+            pruned = score <= threshold
+        errors = _sweep_block(block, upper, pruned, n_of_m, grid)
+        weight[:, start:end] = block
+        weight[:, end:] -= errors @ factor[start:end, end:]
+    return weight
+
+
+def _sweep_block(
+    block: Tensor, upper: Tensor, pruned: Tensor, n_of_m: tuple[int, int] | None, grid: Grid | None
+) -> Tensor:
+    """One block of columns, in place: block (out, b), upper (b, b) -> the scaled errors (out, b)."""
+    errors = torch.zeros_like(block)
+    width = block.shape[1]
+    diagonal = upper.diag()
+    strip = _STRIP if n_of_m is None else n_of_m[1] * max(1, _STRIP // n_of_m[1])
+    for first in range(0, width, strip):
+        last = min(first + strip, width)
+        for j in range(first, last):
+            if n_of_m and j % n_of_m[1] == 0 and j + n_of_m[1] <= width:
+                group = slice(j, j + n_of_m[1])
+                pruned[:, group] = ~keep_n_of_m(block[:, group] ** 2 / diagonal[group] ** 2, *n_of_m)
+            column = block[:, j : j + 1]
+            kept = column.masked_fill(pruned[:, j : j + 1], 0.0)
+            if grid is not None:
+                kept = grid.round(kept)
+            error = (column - kept) / diagonal[j]
+            block[:, j + 1 : last] -= error @ upper[j : j + 1, j + 1 : last]
+            block[:, j : j + 1] = kept
+            errors[:, j : j + 1] = error
+        block[:, last:] -= errors[:, first:last] @ upper[first:last, last:]
+    return errors

@@ -1,0 +1,208 @@
+"""The whole way, as a user sees it: repeated runs agree, and a run that is killed anywhere converges."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command
+
+from sparsebench.results.store import DETAILS, Store
+
+TOP = Path(__file__).parents[1]
+KILLS = 10
+
+# Imports everything once and then starts each command in a child of its own, which can be killed:
+# the real run path, without paying for the imports of torch at every kill.
+NURSERY = """
+import json, os, sys
+from sparsebench.cli import main
+words = json.loads(sys.argv[1])
+import torch
+torch.set_num_threads(1)
+main([*words, "store=" + sys.argv[2]])
+for line in sys.stdin:
+    print("ready", flush=True)
+    child = os.fork()
+    if child == 0:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os._exit(main(words))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+SLEEPY = '''
+import time
+from dataclasses import dataclass
+
+from sparsebench.declare import Declared, Taxonomy, method, option, task
+from sparsebench.methods.weights.base import ScorePruner
+from sparsebench.tasks.base import Outcome, Score
+
+
+@method(name="sleepy", version=1, paper="none", target="weights", phase="once", stage="select",
+        taxonomy=Taxonomy(object="weights", granularity=("unstructured",), when_mask_is_found="after_training"))
+@dataclass(frozen=True)
+class Sleepy(ScorePruner):
+    """Magnitude, with a nap before each layer."""
+
+    def score(self, layer):
+        time.sleep(0.002)
+        return layer.weight.abs().float()
+
+
+@task(name="naps", version=1, metric="naps", better="higher")
+@dataclass(frozen=True)
+class Naps(Declared):
+    """Sleeps for a while."""
+
+    count: int = option(20, "naps of two milliseconds", low=1)
+
+    def prepare(self, model, corpora):
+        return None
+
+    def evaluate(self, model, how, prepared):
+        for _ in range(self.count):
+            time.sleep(0.002)
+        return Outcome({"naps": Score(float(self.count), None, self.count)}, [{"sample": str(i)} for i in range(self.count)])
+'''
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_any_moment_the_same_command_converges(tiny_folder: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "sleepy.py").write_text(SLEEPY, encoding="utf-8")
+    (mine / "sparsebench.yaml").write_text("plugins: [sleepy.py]\n", encoding="utf-8")
+    store = tmp_path / "store"
+    words = ["--config-dir", str(mine), "-m", "method=sleepy,dense", "sparsity=0.25,0.5,0.75", "task=naps"]
+    words += ["model=hf", f"model.path={tiny_folder}", "calibration=kjv"]
+    nursery = subprocess.Popen(
+        [sys.executable, "-c", NURSERY, json.dumps(words), str(tmp_path / "warm")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(TOP), "SPARSEBENCH_STORE": str(store), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert nursery.stdin is not None and nursery.stdout is not None
+
+    def start() -> int:
+        assert nursery.stdin is not None and nursery.stdout is not None
+        nursery.stdin.write("go\n")
+        nursery.stdin.flush()
+        while nursery.stdout.readline() != "ready\n":
+            assert nursery.poll() is None, "the nursery died"
+        return int(nursery.stdout.readline())
+
+    dice = random.Random(0)
+    killed = 0
+    try:
+        while killed < KILLS:
+            child = start()
+            seen = Store(store).records()
+            time.sleep(dice.uniform(0.0, 0.6))
+            try:
+                os.kill(child, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            code = int(nursery.stdout.readline())
+            killed += 1
+            now = {record["run_id"]: record for record in Store(store).records()}
+            for record in seen:  # what was finished stays as it was
+                if record["status"] == "ok":
+                    assert now[record["run_id"]] == record
+            if code == 0:  # it was faster than the kill: begin again
+                store.rename(tmp_path / f"done-{killed}")
+        start()
+        assert int(nursery.stdout.readline()) == 0
+    finally:
+        nursery.kill()
+        nursery.wait()
+    assert_whole(store); print("DONE", list(tmp_path.glob("done*")), [(r["method"],r["sparsity"],r["attempt"]) for r in Store(store).records()])
+
+
+def assert_whole(folder: Path) -> None:
+    """Four runs, each ok, each with all of its details; whatever began and did not end is lost."""
+    store = Store(folder)
+    records = store.records()
+    assert store.torn <= KILLS
+    assert {record["status"] for record in records} == {"ok"}
+    assert sorted((record["method"], record["sparsity"] or 0.0) for record in records) == [
+        ("dense", 0.0), ("sleepy", 0.25), ("sleepy", 0.5), ("sleepy", 0.75),
+    ]  # fmt: skip
+    lines: list[dict[str, Any]] = []
+    for shard in (folder / "records").glob("*.jsonl"):
+        lines += [json.loads(line) for line in shard.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    for record in records:
+        attempts = [line for line in lines if line["run_id"] == record["run_id"]]
+        assert record["attempt"] == max(line["attempt"] for line in attempts)
+        for number in range(1, record["attempt"]):
+            ended = {line["status"] for line in attempts if line["attempt"] == number} - {"running"}
+            assert ended == {"lost"}, (number, ended)
+        details = {kind: store.details(kind, record["run_id"], record["attempt"]) for kind in DETAILS}
+        assert len(details["samples"]) == record["naps_n"] == 20
+        assert len(details["configs"]) == 1
+        assert details["errors"] == []
+
+
+@pytest.mark.parametrize("method", ["random", "magnitude", "wanda"])
+def test_the_same_run_twice_gives_the_same_bits(method: str, command: Command, small: list[str]) -> None:
+    words = [f"method={method}", "calibration.nsamples=2", "calibration.seqlen=16", "format=json", *small]
+    if method != "wanda":
+        words = [word for word in words if not word.startswith("calibration.")]
+    first = command(*words)
+    second = command(*words, "force=true")
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    (one,), (two,) = json.loads(first.out), json.loads(second.out)
+    assert (one["attempt"], two["attempt"]) == (1, 2)
+    differ = {key for key in one if one[key] != two[key]}
+    assert differ <= {"attempt", "started", "seconds", "seconds_sparsify", "seconds_evaluate", "peak_memory_bytes"}
+    for kind in ("samples", "layers", "configs"):
+        rows = [
+            [{key: value for key, value in row.items() if key != "attempt"} for row in second.store.details(kind, one["run_id"], n)]
+            for n in (1, 2)
+        ]
+        assert rows[0] == rows[1], kind
+        assert rows[0], kind
+
+
+def test_another_seed_is_another_run_where_a_method_draws(command: Command, small: list[str]) -> None:
+    answer = command("-m", "method=random", "seed=0,1", "format=json", *small)
+    one, two = json.loads(answer.out)
+    assert one["run_id"] != two["run_id"]
+    assert one["perplexity"] != two["perplexity"]
+    assert one["achieved"] == two["achieved"]
+
+
+def test_sparsity_zero_is_dense_to_the_bit(command: Command, small: list[str]) -> None:
+    words = ["-m", "method=dense,random,magnitude,wanda", "sparsity=0", "calibration.nsamples=2", "calibration.seqlen=16"]
+    answer = command(*words, "format=json", *small)
+    assert answer.code == 0, answer.err
+    rows = json.loads(answer.out)
+    assert {row["perplexity"] for row in rows} == {rows[0]["perplexity"]}
+    assert all(row["achieved"] == 0 for row in rows)
+
+
+def test_the_main_job_on_the_embedded_model(command: Command) -> None:
+    words = "method=wanda sparsity=0.5 model=tiny_100k calibration.nsamples=4 calibration.seqlen=64 task.context=128 task.windows=4"
+    answer = command(*words.split(), "format=json")
+    assert answer.code == 0, answer.err
+    (record,) = json.loads(answer.out)
+    assert record["status"] == "ok"
+    assert record["achieved"] == pytest.approx(0.5, abs=0.02)
+    assert record["flagged"] is False
+    assert record["perplexity"] > 1
+    assert record["perplexity_n"] == 4
+    assert record["flops_decode"] < record["flops_decode_dense"]
+    assert record["latency"] == "simulated"
+    assert record["audits_failed"] is None
+    layers = answer.store.details("layers", record["run_id"], 1)
+    assert len(layers) >= 7
+    assert sum(row["zeros"] for row in layers) / sum(row["total"] for row in layers) == record["achieved"]
