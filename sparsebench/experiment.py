@@ -216,7 +216,7 @@ def _families(workspace: Workspace, run: Run, methods: list[tuple[str, Any]]) ->
     targets = [workspace.catalogue.get("method", part.name).target for part in run.methods]
     paired = list(zip(targets, methods, strict=True))
     pieces = [(target, [method for _, method in group]) for target, group in groupby(paired, key=lambda pair: pair[0])]
-    return [(importlib.import_module(f"sparsebench.methods.{target}.base"), stack) for target, stack in pieces]
+    return [(importlib.import_module(f"sparsebench.methods.{target}"), stack) for target, stack in pieces]
 
 
 def _sparsify(

@@ -25,8 +25,6 @@ TOYS = '''
 
 from dataclasses import dataclass
 
-import torch
-
 from sparsebench.declare import Declared, Taxonomy, corpus, method, model, option, task
 from sparsebench.corpora.base import Corpus
 from sparsebench.methods.weights.base import Pruner, ScorePruner, WeightMethod
@@ -55,9 +53,10 @@ class MakesNan(ScorePruner):
     def score(self, layer):
         return layer.weight.abs().float()
 
-    def recover(self, block, layers, inputs):
-        for layer in layers:
-            layer.weight[layer.weight != 0] = float("nan")
+    def select(self, layer):
+        mask = super().select(layer)
+        layer.weight[mask] = float("nan")
+        return mask
 
 
 @method(name="never_acts", version=1, paper="none", target="weights", phase="once", stage="select",

@@ -65,7 +65,7 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "pattern_keeps_none": ("pattern=0:4", ["pattern=0:4"]),
     "pattern_contradicts_sparsity": ("pattern=2:4 sparsity=0.6", ["sparsity=0.6", "2:4"]),
     "pattern_does_not_divide": ("model=tiny_100k method=magnitude pattern=3:7", ["pattern=3:7", "divide"]),
-    "pattern_with_global": ("model=tiny_100k method=magnitude method.magnitude.group=global pattern=2:4", ["group=global"]),
+    "pattern_with_global": ("model=tiny_100k method=magnitude method.magnitude.group=global pattern=2:4", ["=global"]),
     "variant_with_pattern": ("model=tiny_100k method.wanda.use_variant=true pattern=2:4", ["method.wanda.use_variant"]),
     "scope_empty": ("model=tiny_100k method=magnitude method.magnitude.include=[nothing]", ["include"]),
     "two_selecting_methods": ("method=[wanda,magnitude]", ["wanda", "magnitude", "weights"]),
@@ -179,7 +179,10 @@ def damage(folder: Path, how: str) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    "no_config no_weights cut_weights garbled_weights garbled_config other_shape unknown_architecture garbled_tokenizer".split(),
+    [
+        *("no_config", "no_weights", "cut_weights", "garbled_weights", "garbled_config"),
+        *("other_shape", "unknown_architecture", "garbled_tokenizer"),
+    ],
 )
 def test_a_model_folder_that_cannot_be_used(how: str, command: Command, tiny_folder: Path, tmp_path: Path) -> None:
     folder = copytree(tiny_folder, tmp_path / "model")

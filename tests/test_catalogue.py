@@ -43,11 +43,17 @@ def test_static_declarations_equal_the_imported_ones(kind: str, name: str, built
     static = built_in.get(kind, name)
     cls = built_in.load(kind, name)
     declared = dict(cls.declared)
-    assert (static.kind, static.name, static.version) == (declared.pop("kind"), declared.pop("name"), declared.pop("version"))
+    assert (static.kind, static.name, static.version) == (
+        declared.pop("kind"),
+        declared.pop("name"),
+        declared.pop("version"),
+    )
     assert static.facts == declared
     imported = options_of(cls)
     assert list(static.options) == list(imported)
-    assert {key: vars(spec) for key, spec in static.options.items()} == {key: vars(spec) for key, spec in imported.items()}
+    assert {key: vars(spec) for key, spec in static.options.items()} == {
+        key: vars(spec) for key, spec in imported.items()
+    }
     assert static.summary
     assert static.summary == str(cls.__doc__).splitlines()[0]
 
@@ -58,7 +64,9 @@ def test_every_option_explains_itself_and_its_default_is_valid(kind: str, name: 
     for key, spec in built_in.get(kind, name).options.items():
         assert spec.help, key
         if spec.default is None:
-            assert spec.type.endswith("| None"), f"{key}: a default of None needs a type that allows it, not {spec.type}"
+            assert spec.type.endswith("| None"), (
+                f"{key}: a default of None needs a type that allows it, not {spec.type}"
+            )
         assert spec.check(key, spec.default) == spec.default, key
     undeclared = [item.name for item in fields(cls) if "option" not in item.metadata and item.default is not MISSING]
     assert not undeclared, "every field with a default is an option"
@@ -135,7 +143,10 @@ def test_options_of_a_base_come_first(tmp_path: Path) -> None:
         ("@method(name='a', version=1)\nclass A: pass", "paper"),
         ("@task(name='a', version=1)\nclass A: pass", "metric"),
         ("@model(name='a', version=1)\nclass A: pass", "calibration"),
-        ("@method(name='a', version=1, paper='', target='weight', phase='once', taxonomy=1)\nclass A: pass", "'weights'"),
+        (
+            "@method(name='a', version=1, paper='', target='weight', phase='once', taxonomy=1)\nclass A: pass",
+            "'weights'",
+        ),
         ("@method(name='a', version=1, paper='', target='weights', phase='now', taxonomy=1)\nclass A: pass", "now"),
         ("@corpus(name='a', version=1)\nclass A:\n    x: int = option(compute(), 'x')", "literals"),
         ("@corpus(\nclass A: pass", "not valid Python"),

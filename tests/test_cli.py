@@ -69,7 +69,11 @@ def test_show_tells_every_option(command: Command) -> None:
     from sparsebench import catalogue
 
     known = catalogue.build()
-    for kind, name, prefix in (("method", "wanda", "method.wanda."), ("task", "perplexity", "task."), ("model", "ladder", "model.")):
+    for kind, name, prefix in (
+        ("method", "wanda", "method.wanda."),
+        ("task", "perplexity", "task."),
+        ("model", "ladder", "model."),
+    ):
         answer = command("show", name)
         assert answer.code == 0
         for option, spec in known.get(kind, name).options.items():
@@ -100,7 +104,7 @@ def test_doctor(command: Command) -> None:
 
 
 def test_a_run_and_its_answer_from_the_store(command: Command, toys: Path, small: list[str]) -> None:
-    import sparsebench_plugin_toys  # type: ignore[import-not-found]  # loaded by an earlier test or below
+    import sparsebench_plugin_toys  # under the name that the catalogue gives it
 
     calls = sparsebench_plugin_toys.CALLS
     words = ["--config-dir", str(toys), "method=largest", "format=json", *small]
@@ -270,7 +274,10 @@ def test_ctrl_c(command: Command, toys: Path, small: list[str]) -> None:
     answer = command("--config-dir", str(toys), "-m", "method=magnitude,interrupted,dense", *small)
     assert answer.code == 3
     assert answer.err.startswith("sparsebench: interrupted")
-    assert {record["method"]: record["status"] for record in answer.records} == {"magnitude": "ok", "interrupted": "lost"}
+    assert {record["method"]: record["status"] for record in answer.records} == {
+        "magnitude": "ok",
+        "interrupted": "lost",
+    }
 
 
 # -- nothing heavy ----------------------------------------------------------------------------------------------

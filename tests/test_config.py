@@ -89,8 +89,8 @@ def test_a_grid_is_every_combination() -> None:
 # -- random configurations -------------------------------------------------------------------------------------
 
 TEXTS = st.sampled_from(
-    ["", "abc", "nan", "inf", "null", "true", "-1", "0.5", "1e400", "2:4", "5:4", "[1,2]", "[]", "{a:1}", "'it''s'", "a b",
-     "${x}", "\\", "é", "!!python/object:os.system", "os.system", "0x10", "1_0", "٣", "*", "range(0,3)", "choice(a,b)"]
+    ["", "abc", "nan", "inf", "null", "true", "-1", "0.5", "1e400", "2:4", "5:4", "[1,2]", "[]", "{a:1}",
+     "'it''s'", "a b", "${x}", "\\", "é", "!!python/object:os.system", "os.system", "0x10", "1_0", "٣", "*", "range(0,3)", "choice(a,b)"]
 )  # fmt: skip
 KEYS = [
     *RUN_OPTIONS,
@@ -99,13 +99,28 @@ KEYS = [
     *(f"calibration.{key}" for key in WORKSPACE.catalogue.get("corpus", "kjv").options),
     *(f"task.{key}" for key in WORKSPACE.catalogue.get("task", "perplexity").options),
 ]
-NAMES = ["method", "model", "task", "calibration", "hydra", "_target_", "method.wanda", "method.wanda._target_", "x.y.z"]
+NAMES = [
+    "method",
+    "model",
+    "task",
+    "calibration",
+    "hydra",
+    "_target_",
+    "method.wanda",
+    "method.wanda._target_",
+    "x.y.z",
+]
 
 
 def spec_of(key: str) -> Option:
     group, _, name = key.rpartition(".")
-    kind, declared = {"method.wanda": ("method", "wanda"), "model": ("model", "ladder"),
-                      "calibration": ("corpus", "kjv"), "task": ("task", "perplexity")}.get(group, ("", ""))  # fmt: skip
+    places = {
+        "method.wanda": ("method", "wanda"),
+        "model": ("model", "ladder"),
+        "calibration": ("corpus", "kjv"),
+        "task": ("task", "perplexity"),
+    }
+    kind, declared = places.get(group, ("", ""))
     return WORKSPACE.catalogue.get(kind, declared).options[name] if kind else RUN_OPTIONS[name]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -65,7 +67,7 @@ class Sleepy(ScorePruner):
 class Naps(Declared):
     """Sleeps for a while."""
 
-    count: int = option(20, "naps of two milliseconds", low=1)
+    count: int = option(40, "naps of two milliseconds", low=1)
 
     def prepare(self, model, corpora):
         return None
@@ -73,7 +75,8 @@ class Naps(Declared):
     def evaluate(self, model, how, prepared):
         for _ in range(self.count):
             time.sleep(0.002)
-        return Outcome({"naps": Score(float(self.count), None, self.count)}, [{"sample": str(i)} for i in range(self.count)])
+        samples = [{"sample": str(i)} for i in range(self.count)]
+        return Outcome({"naps": Score(float(self.count), None, self.count)}, samples)
 '''
 
 
@@ -86,50 +89,58 @@ def test_killed_at_any_moment_the_same_command_converges(tiny_folder: Path, tmp_
     store = tmp_path / "store"
     words = ["--config-dir", str(mine), "-m", "method=sleepy,dense", "sparsity=0.25,0.5,0.75", "task=naps"]
     words += ["model=hf", f"model.path={tiny_folder}", "calibration=kjv"]
-    nursery = subprocess.Popen(
-        [sys.executable, "-c", NURSERY, json.dumps(words), str(tmp_path / "warm")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(TOP), "SPARSEBENCH_STORE": str(store), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    command = [sys.executable, "-c", NURSERY, json.dumps(words), str(tmp_path / "warm")]
+    around = {**os.environ, "PYTHONPATH": str(TOP), "SPARSEBENCH_STORE": str(store), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    whole = []
+    with subprocess.Popen(command, **pipes, text=True, bufsize=1, cwd=tmp_path, env=around) as nursery:
+        dice = random.Random(0)
+        try:
+            for kill in range(KILLS):
+                before = Store(store).records()
+                child = start(nursery)
+                wait_for_lines(store, count_lines(store) + dice.randrange(4), nursery)
+                time.sleep(dice.uniform(0.0, 0.15))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+                code = int(nursery.stdout.readline())
+                now = {record["run_id"]: record for record in Store(store).records()}
+                for record in before:  # what was finished stays as it was
+                    assert record["status"] != "ok" or now[record["run_id"]] == record
+                if code == 0:  # it was faster than the kill: begin again
+                    whole.append(store.rename(tmp_path / f"whole-{kill}"))
+            start(nursery)
+            assert int(nursery.stdout.readline()) == 0
+        finally:
+            nursery.kill()
+    lost = sum(assert_whole(folder) for folder in (store, *whole))
+    assert lost >= 3, "too few of the kills met a run in flight to show anything"
+
+
+def start(nursery: subprocess.Popen[str]) -> int:
+    """Starts the command once more; the process id of its child."""
     assert nursery.stdin is not None and nursery.stdout is not None
-
-    def start() -> int:
-        assert nursery.stdin is not None and nursery.stdout is not None
-        nursery.stdin.write("go\n")
-        nursery.stdin.flush()
-        while nursery.stdout.readline() != "ready\n":
-            assert nursery.poll() is None, "the nursery died"
-        return int(nursery.stdout.readline())
-
-    dice = random.Random(0)
-    killed = 0
-    try:
-        while killed < KILLS:
-            child = start()
-            seen = Store(store).records()
-            time.sleep(dice.uniform(0.0, 0.6))
-            try:
-                os.kill(child, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            code = int(nursery.stdout.readline())
-            killed += 1
-            now = {record["run_id"]: record for record in Store(store).records()}
-            for record in seen:  # what was finished stays as it was
-                if record["status"] == "ok":
-                    assert now[record["run_id"]] == record
-            if code == 0:  # it was faster than the kill: begin again
-                store.rename(tmp_path / f"done-{killed}")
-        start()
-        assert int(nursery.stdout.readline()) == 0
-    finally:
-        nursery.kill()
-        nursery.wait()
-    assert_whole(store); print("DONE", list(tmp_path.glob("done*")), [(r["method"],r["sparsity"],r["attempt"]) for r in Store(store).records()])
+    nursery.stdin.write("go\n")
+    while nursery.stdout.readline() != "ready\n":
+        assert nursery.poll() is None, "the nursery died"
+    return int(nursery.stdout.readline())
 
 
-def assert_whole(folder: Path) -> None:
-    """Four runs, each ok, each with all of its details; whatever began and did not end is lost."""
+def count_lines(store: Path) -> int:
+    return sum(shard.read_bytes().count(b"\n") for shard in (store / "records").glob("*.jsonl"))
+
+
+def wait_for_lines(store: Path, wanted: int, nursery: subprocess.Popen[str]) -> None:
+    """Until the store has so many record lines, or the child has nothing more to write (at most 5 s)."""
+    deadline = time.monotonic() + 5
+    while count_lines(store) < wanted and time.monotonic() < deadline:
+        if nursery.stdout is not None and select.select([nursery.stdout], [], [], 0.005)[0]:
+            return
+
+
+def assert_whole(folder: Path) -> int:
+    """Four runs, each ok, each with all of its details; the number of attempts that were lost on the way."""
+    lost = 0
     store = Store(folder)
     records = store.records()
     assert store.torn <= KILLS
@@ -146,10 +157,12 @@ def assert_whole(folder: Path) -> None:
         for number in range(1, record["attempt"]):
             ended = {line["status"] for line in attempts if line["attempt"] == number} - {"running"}
             assert ended == {"lost"}, (number, ended)
+            lost += 1
         details = {kind: store.details(kind, record["run_id"], record["attempt"]) for kind in DETAILS}
-        assert len(details["samples"]) == record["naps_n"] == 20
+        assert len(details["samples"]) == record["naps_n"] == 40
         assert len(details["configs"]) == 1
         assert details["errors"] == []
+    return lost
 
 
 @pytest.mark.parametrize("method", ["random", "magnitude", "wanda"])
@@ -166,7 +179,10 @@ def test_the_same_run_twice_gives_the_same_bits(method: str, command: Command, s
     assert differ <= {"attempt", "started", "seconds", "seconds_sparsify", "seconds_evaluate", "peak_memory_bytes"}
     for kind in ("samples", "layers", "configs"):
         rows = [
-            [{key: value for key, value in row.items() if key != "attempt"} for row in second.store.details(kind, one["run_id"], n)]
+            [
+                {key: value for key, value in row.items() if key != "attempt"}
+                for row in second.store.details(kind, one["run_id"], n)
+            ]
             for n in (1, 2)
         ]
         assert rows[0] == rows[1], kind
@@ -182,7 +198,13 @@ def test_another_seed_is_another_run_where_a_method_draws(command: Command, smal
 
 
 def test_sparsity_zero_is_dense_to_the_bit(command: Command, small: list[str]) -> None:
-    words = ["-m", "method=dense,random,magnitude,wanda", "sparsity=0", "calibration.nsamples=2", "calibration.seqlen=16"]
+    words = [
+        "-m",
+        "method=dense,random,magnitude,wanda",
+        "sparsity=0",
+        "calibration.nsamples=2",
+        "calibration.seqlen=16",
+    ]
     answer = command(*words, "format=json", *small)
     assert answer.code == 0, answer.err
     rows = json.loads(answer.out)
@@ -191,8 +213,8 @@ def test_sparsity_zero_is_dense_to_the_bit(command: Command, small: list[str]) -
 
 
 def test_the_main_job_on_the_embedded_model(command: Command) -> None:
-    words = "method=wanda sparsity=0.5 model=tiny_100k calibration.nsamples=4 calibration.seqlen=64 task.context=128 task.windows=4"
-    answer = command(*words.split(), "format=json")
+    words = "method=wanda sparsity=0.5 model=tiny_100k calibration.nsamples=4 calibration.seqlen=64".split()
+    answer = command(*words, "task.context=128", "task.windows=4", "format=json")
     assert answer.code == 0, answer.err
     (record,) = json.loads(answer.out)
     assert record["status"] == "ok"

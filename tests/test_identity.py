@@ -53,7 +53,9 @@ def plain(value: Any) -> Any:
 
 def corpus_digest(name: str) -> str:
     """What an embedded corpus gives: the first and last documents of its splits."""
-    documents = [WORKSPACE.catalogue.load("corpus", name)().documents(split) for split in ("train", "validation", "test")]
+    documents = [
+        WORKSPACE.catalogue.load("corpus", name)().documents(split) for split in ("train", "validation", "test")
+    ]
     text = "\0".join(part for split in documents for part in (*split[:3], *split[-3:], str(len(split))))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -138,13 +140,20 @@ def test_the_table_notices_changes() -> None:
 
 @pytest.mark.parametrize(
     "word",
-    "model.device=cpu batch_size=3 threads=2 store=elsewhere save=folder force=true format=json".split()
-    + ["method.wanda.norm=l2", "task.split=test", "sparsity=0.50", "sparsity=5e-1", "sparsity=.5", "seed=0"],
+    [
+        *"model.device=cpu batch_size=3 threads=2 store=elsewhere save=folder force=true format=json".split(),
+        "method.wanda.norm=l2",
+        "task.split=test",
+        "sparsity=0.50",
+        "sparsity=5e-1",
+        "sparsity=.5",
+        "seed=0",
+    ],
 )
 def test_never_part_of_an_id(word: str) -> None:
-    assert ids(f"method=wanda sparsity=0.5 {word}" if not word.startswith("sparsity") else f"method=wanda {word}") == ids(
-        "method=wanda sparsity=0.5"
-    )
+    assert ids(
+        f"method=wanda sparsity=0.5 {word}" if not word.startswith("sparsity") else f"method=wanda {word}"
+    ) == ids("method=wanda sparsity=0.5")
 
 
 @pytest.mark.parametrize(
@@ -172,7 +181,9 @@ def test_part_of_both_ids(base: str, word: str) -> None:
     assert before[1] != after[1]
 
 
-@pytest.mark.parametrize("word", ["task.context=64", "task.split=validation", "task.corpus=tinyworld", "task=tinyworld"])
+@pytest.mark.parametrize(
+    "word", ["task.context=64", "task.split=validation", "task.corpus=tinyworld", "task=tinyworld"]
+)
 def test_part_of_the_run_id_alone(word: str) -> None:
     before, after = ids("method=wanda"), ids(f"method=wanda {word}")
     assert before[0] != after[0]

@@ -21,6 +21,7 @@ from sparsebench.analysis.selection import (
     Point,
     compared,
     distinct,
+    grouped,
     matching,
     nearest,
     pairing_problem,
@@ -78,8 +79,9 @@ class Claim:
     def record_calls(self) -> list[Call]:
         """The distinct record calls of both sides, in order of appearance."""
         found: list[Call] = []
-        for side in (self.left, self.right):
-            found += [call for call in (side.calls() if side else []) if call not in found]
+        for call in [*self.left.calls(), *(self.right.calls() if self.right else [])]:
+            if call not in found:
+                found.append(call)
         return found
 
     def select_of(self, call: Call, values: Mapping[str, Value] | None = None) -> dict[str, Value]:
@@ -134,15 +136,17 @@ def check_selects(claim: Claim, points: list[dict[str, Any]], seeds: Iterable[in
         curve = call.kind.startswith("knee.")
         for twin in (False, True) if curve or call.kind == "drop" else (False,):
             own: dict[str, Value] = {"method": "dense"} if twin else {}
-            # The plan is read once per call; the components then look only at what can match.
-            subset = matching(points, {**_without(claim.select_of(call), claim.for_each, call), **own})
+            # The plan is read once per call; the components then look only at what tells them apart.
+            subset = matching(points, {**claim.select_of(call), **own})
+            groups = grouped(subset, [key for key in claim.for_each if key not in call.select and key not in own])
+            firsts = [group[0] for group in groups.values()]
             seen = set()
             for values in components:
                 select = {**claim.select_of(call, values), **own}
                 if (key := tuple(compared(select))) in seen:
                     continue  # a dense run serves many components and is reported once
                 seen.add(key)
-                found = matching(subset, select)
+                found = [point for one in matching(firsts, select) for point in groups[id(one)]]
                 problem = pairing_problem(found, select.get("seed"), seeds, curve and not twin)
                 if problem:
                     at = "".join(f" at {name}={value}" for name, value in values.items())
@@ -162,10 +166,6 @@ def _shape_problems(claim: Claim, components: list[dict[str, Value]]) -> list[st
             shown = ", ".join(map(str, axis))
             return [f"{claim.id}: {claim.relation} needs at least two numbers along {key}, found {shown}"]
     return []
-
-
-def _without(select: dict[str, Value], for_each: tuple[str, ...], call: Call) -> dict[str, Value]:
-    return {key: value for key, value in select.items() if key not in for_each or key in call.select}
 
 
 def load_claims(items: Any, where: str) -> list[Claim]:

@@ -272,7 +272,7 @@ class _Reader:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             self.refuse(node, f"{_short(str(value))} is not a number")
         # An integer beyond 2**53 has no exact float, and records are compared as floats.
-        if not math.isfinite(value) or (isinstance(value, int) and value > 2**53):
+        if value > 2**53 if isinstance(value, int) else not math.isfinite(value):
             self.refuse(node, "the number is too large")
         return value
 

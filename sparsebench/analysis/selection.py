@@ -34,6 +34,8 @@ def value_of(point: Point, key: str) -> Any:
 
 def same(a: Any, b: Any) -> bool:
     """Equality of a selected and a planned value: numbers within 1e-9, true is not 1."""
+    if isinstance(a, str) or isinstance(b, str):
+        return bool(a == b)
     numeric = isinstance(a, numbers.Real) and isinstance(b, numbers.Real)
     if numeric and not isinstance(a, bool) and not isinstance(b, bool):
         return abs(float(a) - float(b)) <= 1e-9
@@ -60,6 +62,14 @@ def compared(select: Mapping[str, Value]) -> list[tuple[str, Value]]:
     return sorted(keys, key=lambda item: item[0] != "method")
 
 
+def grouped(points: Iterable[Point], keys: list[str]) -> dict[int, list[Point]]:
+    """The points in groups that agree in ``keys``; each group under the ``id`` of its first point."""
+    groups: dict[tuple[Any, ...], list[Point]] = {}
+    for point in points:
+        groups.setdefault(tuple(value_of(point, key) for key in keys), []).append(point)
+    return {id(group[0]): group for group in groups.values()}
+
+
 def distinct(rows: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """The rows sorted, numbers before texts, each once; rows whose numbers agree within 1e-9 are one."""
     found: list[tuple[Any, ...]] = []
@@ -75,7 +85,7 @@ def pairing_problem(found: list[Point], pinned: Value, seeds: list[int], curve: 
     ``pinned``: the only seed that is looked at, None for all of ``seeds``. ``curve``: one point per seed and
     sparsity is wanted instead, at ``CURVE_LEVELS`` or more of them.
     """
-    wanted: list[Any] = list(seeds or [None]) if pinned is None else [pinned]
+    wanted: list[Any] = [pinned] if pinned is not None or not seeds else list(seeds)
     missing: list[Any] = []
     for seed in wanted:
         chosen = [point for point in found if value_of(point, "seed") is None or same(value_of(point, "seed"), seed)]

@@ -182,10 +182,8 @@ def test_other_types_are_refused(given: Any) -> None:
 
 
 def test_positions_count_characters_not_bytes() -> None:
-    with pytest.raises(UserError, match=r"character 15 of"):
-        parse("nll(a='é') - 2**3", WHERE)  # noqa: RUF001
     with pytest.raises(UserError, match=r"character 14 of"):
-        parse("nll(a='é') - 2**3 ".replace(" - ", "- "), WHERE)
+        parse("nll(a='é') - 2**3", WHERE)
 
 
 _words = st.sampled_from(["wanda", "dense", "kjv", "true", "null", "2:4", "a+b", "naïve", "class", "None", "", "a  b"])

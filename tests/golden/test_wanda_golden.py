@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from sparsebench.methods.base import Surroundings
-from sparsebench.methods.weights.base import Layer, apply
+from sparsebench.methods.weights.base import Layer
 from sparsebench.methods.weights.statistics import InputNorm
+from sparsebench.methods.weights.walk import apply
 from sparsebench.methods.weights.wanda import Wanda
 from sparsebench.models.base import LoadedModel
 

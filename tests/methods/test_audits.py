@@ -10,10 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsebench import audits
 from sparsebench.methods.base import Surroundings
-from sparsebench.methods.weights.base import apply
 from sparsebench.methods.weights.dense import Dense
 from sparsebench.methods.weights.given import Given
 from sparsebench.methods.weights.magnitude import Magnitude
+from sparsebench.methods.weights.walk import apply
 from sparsebench.models.base import LoadedModel
 
 LAYER = "model.layers.0.self_attn.q_proj"

@@ -9,15 +9,15 @@ from weight_models import WINDOWS, assert_same_masks, linears, masks_of, prune
 from sparsebench import audits
 from sparsebench.errors import UserError
 from sparsebench.methods.base import Surroundings
-from sparsebench.methods.weights import base
-from sparsebench.methods.weights.base import WeightMethod, apply, scoped_layers
+from sparsebench.methods.weights import walk
+from sparsebench.methods.weights.base import Layer, WeightMethod
 from sparsebench.methods.weights.dense import Dense
 from sparsebench.methods.weights.given import Given
 from sparsebench.methods.weights.magnitude import Magnitude
 from sparsebench.methods.weights.random import Random
+from sparsebench.methods.weights.walk import apply, scoped_layers
 from sparsebench.methods.weights.wanda import Wanda
 from sparsebench.models.base import LoadedModel
-from sparsebench.models.blocks import BlockInputs
 from sparsebench.models.outliers import inject_outliers
 
 
@@ -76,9 +76,9 @@ def test_n_is_kept_of_every_m_inputs(make, kind, pattern):
 def test_a_remainder_is_refused_or_left_dense(make):
     model = make()
     with pytest.raises(UserError, match=r"^pattern=2:5: 5 does not divide the 32 inputs of model\.layers\.0"):
-        base.check([("magnitude", Magnitude(pattern="2:5"))], model)
+        walk.check([("magnitude", Magnitude(pattern="2:5"))], model)
     method = Magnitude(pattern="2:5", remainder="dense")
-    base.check([("magnitude", method)], model)
+    walk.check([("magnitude", method)], model)
     achieved = audits.count(model, prune(model, method))
     assert achieved.scope < achieved.asked and not achieved.missed
     for mask in masks_of(model).values():
@@ -96,7 +96,7 @@ def test_options_that_do_not_fit_are_refused(make):
         (Magnitude(include=("*nothing*",)), "include="),
     ]:
         with pytest.raises(UserError, match=reason) as found:
-            base.check([("method", method)], model)
+            walk.check([("method", method)], model)
         assert "\n" not in str(found.value)
 
 
@@ -214,8 +214,12 @@ class Doubles(WeightMethod):
 
     stage = "recover"
 
-    def recover(self, block, layers, inputs):
-        assert isinstance(inputs, BlockInputs) and sum(len(one) for one in inputs.hidden) == len(WINDOWS)
+    def observe(self, run):
+        return run()
+
+    def recover(self, block, layers, seen, run):
+        assert sum(len(one) for one in seen) == len(WINDOWS)
+        assert not any(torch.equal(dense, pruned) for dense, pruned in zip(seen, run(), strict=True))
         for layer in layers:
             layer.weight.mul_(2)
 
@@ -227,7 +231,7 @@ def test_select_refine_and_recover_act_in_turn(make, group):
     applied = apply([("wanda", Wanda(group=group)), ("swaps", Swaps()), ("doubles", Doubles())], around)
     prune(plain, Wanda(group=group))
     first = scoped_layers(model, Wanda(), 0)[0][0].name
-    assert torch.equal(masks_of(model)[first], Swaps().refine(base.Layer(first, before[first]), masks_of(plain)[first]))
+    assert torch.equal(masks_of(model)[first], Swaps().refine(Layer(first, before[first]), masks_of(plain)[first]))
     for name, mask in masks_of(model).items():
         assert torch.equal(linears(model)[name].weight, before[name].weight * mask * 2)
     assert audits.count(model, applied).scope == pytest.approx(0.5)

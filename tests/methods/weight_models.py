@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from sparsebench.methods.base import Surroundings
-from sparsebench.methods.weights.base import apply
+from sparsebench.methods.weights.walk import apply
 from sparsebench.models.base import LoadedModel
 from sparsebench.models.blocks import decoder_blocks
 

@@ -1,14 +1,11 @@
-"""The weight family: one walk over the decoder blocks, on which every method is a few lines.
+"""What a weight method is: the contract of the family, and the bases on which a method is a few lines.
 
-A stack of weight methods runs in one walk. In front of each block the statistics that the methods
-ask for are gathered with the block still dense; then every linear layer gets its mask from the
-method of stage ``select``, ``refine`` methods may change it, the masked weights are set to zero,
-``recover`` methods may repair the block, and the pruned block's outputs feed the next one.
+``walk`` applies a stack of them; a method says only what it scores, masks, refines or repairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any, ClassVar
@@ -18,21 +15,27 @@ from torch import Tensor, nn
 
 from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
-from sparsebench.methods.base import Applied, LayerReport, Surroundings
+from sparsebench.methods.base import Surroundings
 from sparsebench.methods.weights import masks
-from sparsebench.methods.weights.statistics import Statistic, gathering
-from sparsebench.models.blocks import BlockInputs, capture, decoder_blocks
+from sparsebench.methods.weights.statistics import Several, Statistic
 
 
 @dataclass
 class Layer:
-    """A linear layer in scope: its full name, module, statistic (None without data), and the run's
-    random generator seeded for it."""
+    """A linear layer in scope: its full name, module, the statistic that the method at work asked for
+    (None without data; ``gathered`` holds those of the whole stack), and the run's random generator
+    seeded for it.
+
+    Once it is pruned, ``mask`` (out, in) bool says what was kept, and while a method of stage refine
+    is in the stack, ``dense`` holds the weight as it was."""
 
     name: str
     module: nn.Linear
     statistic: Any = None
+    gathered: Several | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
+    mask: Tensor | None = None
+    dense: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -73,12 +76,34 @@ class WeightMethod(Declared):
         """The layer's mask: (out, in) bool, True = kept."""
         return torch.ones_like(layer.weight, dtype=torch.bool)
 
+    def solve(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """The layer's mask and its weight (out, in); methods that update what they keep override this."""
+        return self.select(layer), layer.weight
+
     def refine(self, layer: Layer, mask: Tensor) -> Tensor:
-        """Another mask for the layer, with as many kept entries."""
+        """Stage refine: another mask for the layer; kept entries have their dense values (``layer.dense``)."""
         return mask
 
-    def recover(self, block: nn.Module, layers: Sequence[Layer], inputs: BlockInputs | None) -> None:
-        """Repairs the weights of a pruned block; pruned entries stay zero."""
+    def observe(self, run: Callable[[], list[Tensor]]) -> Any:
+        """Stage recover: what to remember of a block before it is pruned; ``run()`` gives its dense outputs."""
+        return None
+
+    def recover(self, block: nn.Module, layers: Sequence[Layer], seen: Any, run: Callable[[], list[Tensor]]) -> None:
+        """Stage recover: repairs the pruned block; ``seen`` is what ``observe`` returned. Pruned entries
+        stay zero (``layer.mask``)."""
+
+    def finish(self, layers: Sequence[Layer], around: Surroundings) -> dict[str, Any]:
+        """Stage recover: repairs the whole model after the walk; returns extra columns for the record."""
+        return {}
+
+    @property
+    def wants_inputs(self) -> bool:
+        """Whether calibration data must run through the blocks although no statistic is asked for."""
+        return False
+
+    def touches(self, model: nn.Module, layers: Sequence[Layer]) -> set[str]:
+        """Names of the parameters that the method may change."""
+        return {f"{layer.name}.weight" for layer in layers}
 
     def asked(self, name: str) -> float | None:
         """The sparsity asked of a layer; None where nothing was."""
@@ -172,114 +197,3 @@ class ScorePruner(Pruner):
         if self.group == "row":
             return max(1 / layer.weight.shape[1] for layer in layers)
         return max(2 / layer.weight.numel() for layer in layers)
-
-
-@dataclass
-class Stack:
-    """Weight methods in their order, with the layers each may touch."""
-
-    methods: list[tuple[str, WeightMethod]]
-
-    @property
-    def selector(self) -> tuple[str, WeightMethod]:
-        return next((name, method) for name, method in self.methods if method.stage == "select")
-
-    def data(self) -> Callable[[], Statistic] | None:
-        """The statistic to gather: of the method that asks for one."""
-        wanted = [method.statistic() for _, method in self.methods]
-        return next((make for make in wanted if make is not None), None)
-
-
-def scoped_layers(model: nn.Module, method: WeightMethod, seed: int) -> list[list[Layer]]:
-    """The linear layers in scope, block by block. UserError when the patterns leave none."""
-    prefix, blocks = decoder_blocks(model)
-    found = []
-    for index, block in enumerate(blocks):
-        names = [(f"{prefix}.{index}.{name}", m) for name, m in block.named_modules() if isinstance(m, nn.Linear)]
-        layers = [Layer(name, module) for name, module in names if method.in_scope(name)]
-        for place, layer in enumerate(layers):
-            layer.generator.manual_seed(seed * 1_000_003 + index * 1009 + place)
-        found.append(layers)
-    if not any(found):
-        raise UserError(
-            f"include={list(method.include)} exclude={list(method.exclude)}: no linear layer is left in scope"
-        )
-    return found
-
-
-def check(methods: Sequence[tuple[str, WeightMethod]], model: nn.Module) -> None:
-    """UserError when a method's options do not fit the model. Changes nothing."""
-    for _, method in methods:
-        method.check([layer for block in scoped_layers(model, method, 0) for layer in block])
-
-
-@torch.no_grad()
-def apply(methods: Sequence[tuple[str, WeightMethod]], around: Surroundings) -> Applied:
-    """Applies a stack of weight methods, in place, in one walk over the blocks."""
-    stack = Stack(list(methods))
-    name, selector = stack.selector
-    model = around.loaded.model
-    blocks = decoder_blocks(model)[1]
-    layers = scoped_layers(model, selector, around.seed)
-    everything = [layer for block in layers for layer in block]
-    needs_data = stack.data() is not None
-    inputs = capture(model, blocks, around.calibration()) if needs_data else None
-    masks_ahead: dict[str, Tensor] = {}
-    selector.prepare(everything)
-    if selector.order == "none":
-        if inputs is not None:
-            for index, block in enumerate(blocks):
-                inputs.hidden = _measure(stack, index, block, layers[index], inputs)
-            inputs = capture(model, blocks, around.calibration()) if len(stack.methods) > 1 else None
-        if isinstance(selector, ScorePruner) and selector.group == "global":
-            masks_ahead = selector.select_all(everything)
-    applied = Applied(tolerance=selector.tolerance(everything))
-    applied.acts_on = {f"{layer.name}.weight" for layer in everything}
-    for index, block in enumerate(blocks):
-        for chosen in _groups(selector, layers[index]):
-            if inputs is not None and selector.order != "none":
-                _measure(stack, index, block, chosen, inputs)
-            for layer in chosen:
-                mask = masks_ahead[layer.name] if layer.name in masks_ahead else selector.select(layer)
-                for _, method in stack.methods:
-                    mask = method.refine(layer, mask)
-                applied.layers.append(_zero(name, selector, layer, mask))
-                layer.statistic = None
-        for _, method in stack.methods:
-            method.recover(block, layers[index], inputs)
-        if inputs is not None and index + 1 < len(blocks):
-            inputs.hidden = inputs.run(index, block)
-        around.progress(index + 1, len(blocks))
-    return applied
-
-
-def _groups(selector: WeightMethod, layers: list[Layer]) -> Iterator[list[Layer]]:
-    """What is measured and pruned together: the block's layers, or one after the other."""
-    if selector.order == "layer":
-        yield from ([layer] for layer in layers)
-    elif layers:
-        yield layers
-
-
-def _measure(stack: Stack, index: int, block: nn.Module, layers: list[Layer], inputs: BlockInputs) -> list[Tensor]:
-    """Runs the calibration data through the block, fills the layers' statistics, returns the outputs."""
-    make = stack.data()
-    if make is None:
-        return inputs.run(index, block)
-    with gathering(block, {layer.name: layer.module for layer in layers}, make) as found:
-        outputs = inputs.run(index, block)
-    for layer in layers:
-        if layer.name not in found:
-            raise UserError(f"{layer.name}: calibration data never reached this layer; exclude it or use more data")
-        layer.statistic = found[layer.name]
-    return outputs
-
-
-def _zero(name: str, selector: WeightMethod, layer: Layer, mask: Tensor) -> LayerReport:
-    """Sets the pruned entries to zero and counts."""
-    weight = layer.weight
-    weight[~mask & (weight != 0)] = 0  # a -0.0 that is there already stays: no bit changes without need
-    pattern = str(getattr(selector, "pattern", None) or "unstructured")
-    pruned = int((~mask).sum())
-    spare = int(((weight == 0) & mask).sum())
-    return LayerReport(layer.name, name, weight.numel(), pruned, spare, selector.asked(layer.name), pattern)

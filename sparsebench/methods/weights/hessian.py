@@ -58,7 +58,7 @@ class Hessian:
                 if int(wrong) == 0:
                     self.damping_used = percdamp * more
                     self._factor = (percdamp, upper)
-                    return upper
+                    return self._factor[1]
         raise UserError(
             f"method.sparsegpt.percdamp={percdamp:g}: the Hessian of a layer is not positive definite even with "
             f"{_DAMPINGS[-1]:g} times that damping; use more calibration data"

@@ -50,6 +50,17 @@ class InputNorm:
         return self.value.sqrt() if self.norm == "l2" else self.value
 
 
+class Several:
+    """The statistics of all methods of a stack, fed together; ``parts`` by the name of the method."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Statistic]]) -> None:
+        self.parts = {name: make() for name, make in makers.items()}
+
+    def add(self, inputs: Tensor, sequences: int) -> None:
+        for part in self.parts.values():
+            part.add(inputs, sequences)
+
+
 @contextmanager
 def gathering(block: nn.Module, layers: Mapping[str, nn.Linear], make: Callable[[], Statistic]) -> Any:
     """Attaches a statistic to each of the block's layers, yields {name: statistic}; hooks are always removed.
