@@ -13,7 +13,7 @@ import importlib.util
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,8 @@ class Catalogue:
             for declaration in read(file):
                 known = self.found[declaration.kind].setdefault(declaration.name, declaration)
                 if known.file.resolve() != declaration.file.resolve():
-                    raise UserError(
-                        f"{declaration.kind} {declaration.name!r} is declared twice: {known.file} and {declaration.file}"
-                    )
+                    what = f"{declaration.kind} {declaration.name!r}"
+                    raise UserError(f"{what} is declared twice: {known.file} and {declaration.file}")
 
     def get(self, kind: str, name: str) -> Declaration:
         known = self.found[kind]
@@ -94,7 +93,7 @@ def build(plugins: Iterable[Path] = ()) -> Catalogue:
     return catalogue
 
 
-@lru_cache(maxsize=None)
+@cache
 def read(file: Path) -> tuple[Declaration, ...]:
     """The declarations in one source file. UserError when it cannot be read or declares nonsense."""
     try:

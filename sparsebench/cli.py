@@ -119,7 +119,9 @@ def _run(arguments: Arguments) -> int:
     from sparsebench.terminal import Reporter, summary
 
     if arguments.names:
-        raise UserError(f"{arguments.names[0]}: an option is written key=value, for example method={arguments.names[0]}")
+        raise UserError(
+            f"{arguments.names[0]}: an option is written key=value, for example method={arguments.names[0]}"
+        )
     workspace = config.Workspace(arguments.config_dir)
     runs = config.runs(workspace, arguments.overrides, sweep=arguments.grid)
     _check_shared(runs)
@@ -138,7 +140,9 @@ def _run(arguments: Arguments) -> int:
             if record["status"] != "ok":
                 reporter.say(f"{record['run_id'][:8]} {run.label}: {record['status']}: {record['error']}")
                 if arguments.verbose:
-                    reporter.say("".join(row["error"] for row in store.details("errors", record["run_id"], record["attempt"])))
+                    reporter.say(
+                        "".join(row["error"] for row in store.details("errors", record["run_id"], record["attempt"]))
+                    )
     _print(view.table(records, format=options.format))
     if options.format == "table" and len(records) == 1:
         print(summary(records[0], store.folder))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -78,12 +78,22 @@ class Workspace:
             found |= {file.stem: file for file in sorted((folder / group).glob("*.yaml"))}
         return dict(sorted(found.items()))
 
-    def compose(self, choices: dict[str, list[str]]) -> dict[str, Any]:
-        """The composed configuration of these choices as plain containers (the caller's own copy)."""
-        key = str(sorted(choices.items()))
-        if key not in self.composed:  # a grid has many points and few choices
-            self.composed[key] = self._compose(choices)
-        return deepcopy(self.composed[key])
+    def group(self, group: str, name: str) -> dict[str, Any]:
+        """The composed configuration of one choice as a plain dict (the caller's own copy). A grid has
+        many points and few choices: each is composed once."""
+        key = f"{group}={name}"
+        if key not in self.composed:
+            content = self._compose({group: [name]})[group]
+            self.composed[key] = content[name] if group == "method" else content
+        return deepcopy(self.composed[key] or {})
+
+    @cached_property
+    def defaults(self) -> dict[str, str]:
+        """The names that are chosen when nothing is said (the defaults list of ``conf/config.yaml``)."""
+        import yaml
+
+        listed = yaml.safe_load((data_folder("conf") / "config.yaml").read_text(encoding="utf-8"))["defaults"]
+        return {group: str(name) for entry in listed if isinstance(entry, dict) for group, name in entry.items()}
 
     def _compose(self, choices: dict[str, list[str]]) -> dict[str, Any]:
         from hydra import compose, initialize_config_dir
@@ -168,6 +178,41 @@ def _words(point: Iterable[Word]) -> Words:
     return Words(choices, tuple(values.items()))
 
 
+def parse_values(overrides: Sequence[str]) -> dict[str, list[Any]]:
+    """The overrides of a sweep: key -> the values of that axis (commas, ranges, or one)."""
+    found: dict[str, list[Any]] = {}
+    for text in overrides:
+        for words in parse([text], sweep=True):
+            for key, value in (*words.choices.items(), *words.values):
+                one = value[0] if key in words.choices and len(value) == 1 else value
+                found.setdefault(key, []).append(one)
+    return found
+
+
+class Unused:
+    """Options that some points of a grid have no use for; one that no point uses is a mistake."""
+
+    def __init__(self) -> None:
+        self.used: set[str] = set()
+        self.errors: dict[str, UserError] = {}
+
+    def add(self, resolver: _Resolver) -> None:
+        self.used |= resolver.used
+        self.errors |= resolver.unused
+
+    def mistakes(self) -> list[UserError]:
+        return [error for key, error in self.errors.items() if key not in self.used]
+
+
+def resolve(workspace: Workspace, point: Mapping[str, Any], unused: Unused) -> Run:
+    """The validated run of one point {key: value}; ``unused`` collects what does not apply to it."""
+    words = _words(point.items())
+    resolver = _Resolver(workspace, words.choices, words.values)
+    run = resolver.run()
+    unused.add(resolver)
+    return run
+
+
 def runs(workspace: Workspace, overrides: Sequence[str], *, sweep: bool = False) -> list[Run]:
     """The validated runs of these overrides; ``task=[a,b]`` makes one run per task.
 
@@ -175,18 +220,15 @@ def runs(workspace: Workspace, overrides: Sequence[str], *, sweep: bool = False)
     no run has is an error.
     """
     made: list[Run] = []
-    unused: dict[str, UserError] = {}
-    used: set[str] = set()
+    unused = Unused()
     for words in parse(overrides, sweep=sweep):
         for name in words.choices.get("task", [None]):
             choices = words.choices | ({"task": [name]} if name else {})
             resolver = _Resolver(workspace, choices, words.values)
             made.append(resolver.run())
-            used |= resolver.used
-            unused |= resolver.unused
-    for key, error in unused.items():
-        if key not in used:
-            raise error
+            unused.add(resolver)
+    for error in unused.mistakes():
+        raise error
     return made
 
 
@@ -197,25 +239,23 @@ class _Resolver:
         self.workspace, self.values = workspace, values
         self.used: set[str] = set()
         self.unused: dict[str, UserError] = {}
-        config = workspace.compose(choices)
+        self.choices = {group: [name] for group, name in workspace.defaults.items()} | choices
         if "calibration" not in choices:
-            kind = config["model"].get("kind") or choices["model"][0]
-            choices = choices | {"calibration": [workspace.catalogue.get("model", kind).calibration]}
-            config = workspace.compose(choices)
-        self.choices, self.config = choices, config
-        self.choices.setdefault("method", list(config["method"]))
+            name = self.choices["model"][0]
+            kind = workspace.group("model", name).get("kind", name)
+            self.choices["calibration"] = [workspace.catalogue.get("model", kind).calibration]
 
     def run(self) -> Run:
         self._check_keys()
         options = self._run_options()
         methods = tuple(self._method(name, options) for name in self.choices["method"])
         declarations = [self.workspace.catalogue.get("method", part.name) for part in methods]
-        task_declaration, task = self._part("task", self.config["task"], "task")
+        task_declaration, task = self._part("task", self.choices["task"][0], "task")
         check_stack(declarations)
         check_task(declarations, task_declaration, task.options)
         needs_data = any("calibration" in part.uses for part in methods)
-        _, calibration = self._part("calibration", self.config["calibration"], "calibration")
-        _, model = self._part("model", self.config["model"], "model")
+        _, calibration = self._part("calibration", self.choices["calibration"][0], "calibration")
+        _, model = self._part("model", self.choices["model"][0], "model")
         return Run(methods, model, calibration if needs_data else None, task, self._corpus(task), options)
 
     def _corpus(self, task: Part) -> Part | None:
@@ -234,7 +274,7 @@ class _Resolver:
         return RunOptions(**given)
 
     def _method(self, name: str, run: RunOptions) -> Part:
-        declaration, part = self._part("method", self.config["method"][name], f"method.{name}", label=name)
+        declaration, part = self._part("method", name, f"method.{name}")
         options, changed = dict(part.options), dict(part.changed)
         where = f"method.{name}"
         if "pattern" in options:
@@ -252,10 +292,9 @@ class _Resolver:
         uses = tuple(declaration.uses) + (("sparsity",) if "sparsity" in options else ())
         return Part("method", name, part.name, part.version, options, changed, uses)
 
-    def _part(self, group: str, content: dict[str, Any], prefix: str, label: str | None = None) -> tuple[Declaration, Part]:
-        """Validates one group's composed content and the values given for it."""
-        label = label or (self.choices[group][0] if group in self.choices else self._default(group))
-        content = dict(content or {})
+    def _part(self, group: str, label: str, prefix: str) -> tuple[Declaration, Part]:
+        """Validates what one choice's YAML says and the values given for it."""
+        content = self.workspace.group(group, label)
         name = content.pop("kind", label)
         declaration = self.workspace.catalogue.get(_KIND_OF_GROUP[group], name)
         given = {k.removeprefix(f"{prefix}."): v for k, v in self.values if k.startswith(f"{prefix}.")}
@@ -271,12 +310,6 @@ class _Resolver:
             self.used.add(f"{prefix}.{key}")
         changed = {k: v for k, v in options.items() if v != declaration.options[k].default}
         return declaration, Part(_KIND_OF_GROUP[group], label, name, declaration.version, options, changed)
-
-    def _default(self, group: str) -> str:
-        import yaml
-
-        defaults = yaml.safe_load((data_folder("conf") / "config.yaml").read_text())["defaults"]
-        return next(str(entry[group]) for entry in defaults if isinstance(entry, dict) and group in entry)
 
     def _check_keys(self) -> None:
         """Every key is a run option, or an option under a chosen group. UserError otherwise."""

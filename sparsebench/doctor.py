@@ -14,7 +14,17 @@ from sparsebench import __version__
 from sparsebench.errors import UserError
 from sparsebench.paths import data_folder
 
-_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "lm_eval", "hydra-core", "pandas", "pyarrow")
+_LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "lm_eval",
+    "hydra-core",
+    "pandas",
+    "pyarrow",
+)
 _OPTIONAL = {"wandb": "tracking", "submitit": "launching on Slurm"}
 
 Finding = tuple[str, str, str]  # what, ok | missing | problem, detail
@@ -72,8 +82,12 @@ def _data() -> Iterator[Finding]:
     except UserError as error:
         yield "configuration", "problem", str(error)
     offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
-    yield "hub", "missing" if offline else "ok", "HF_HUB_OFFLINE is set: only cached models and data" if offline else (
-        "asked only for model=hf, hub corpora and hub tasks; needs a network"
+    yield (
+        "hub",
+        "missing" if offline else "ok",
+        "HF_HUB_OFFLINE is set: only cached models and data"
+        if offline
+        else ("asked only for model=hf, hub corpora and hub tasks; needs a network"),
     )
 
 

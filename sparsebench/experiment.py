@@ -211,7 +211,9 @@ def _again(sparse: SparseModel, **_: Any) -> SparseModel:
     return sparse
 
 
-def _families(workspace: Workspace, run: Run, methods: list[tuple[str, Any]]) -> list[tuple[Any, list[tuple[str, Any]]]]:
+def _families(
+    workspace: Workspace, run: Run, methods: list[tuple[str, Any]]
+) -> list[tuple[Any, list[tuple[str, Any]]]]:
     """The stack cut where the target changes, each piece with its family's module."""
     targets = [workspace.catalogue.get("method", part.name).target for part in run.methods]
     paired = list(zip(targets, methods, strict=True))

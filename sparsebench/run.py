@@ -12,7 +12,6 @@ from typing import Any
 
 from sparsebench.declare import Declared, option
 
-
 DEFAULT_STORE = "sparsebench-store"
 
 
@@ -107,7 +106,11 @@ class Run:
         """Everything that was resolved, for the store."""
 
         def plain(part: Part | None) -> dict[str, Any] | None:
-            return None if part is None else {"label": part.label, "name": part.name, "version": part.version, "options": part.options}
+            return (
+                None
+                if part is None
+                else {"label": part.label, "name": part.name, "version": part.version, "options": part.options}
+            )
 
         return {
             "methods": [plain(method) for method in self.methods],

@@ -33,13 +33,17 @@ class Reporter:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
             columns = ("{task.description}", BarColumn(), TextColumn("{task.completed}/{task.total}"))
-            self.bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self.bars = Progress(
+                *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
+            )
             self.bars.start()
             self.all = self.bars.add_task("runs", total=self.runs)
             self.step = self.bars.add_task("", total=None)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.live:
             self.bars.stop()
 
@@ -61,21 +65,22 @@ def summary(record: dict[str, Any], store: Path) -> str:
     """One run in words: what was achieved, what it costs, where the record is."""
     lines = []
     if record.get("achieved") is not None:
-        lines.append(
-            f"sparsity   {record['achieved']:.4f} of the method's scope, {record['achieved_model']:.4f} of the whole model"
-        )
+        scope, model = record["achieved"], record["achieved_model"]
+        lines.append(f"sparsity   {scope:.4f} of the method's scope, {model:.4f} of the whole model")
     if record.get("flops_prefill"):
         prefill = record["flops_prefill"] / record["flops_prefill_dense"]
         decode = record["flops_decode"] / record["flops_decode_dense"]
         size = record["bytes_weights"] / record["bytes_weights_dense"]
         lines += [
-            f"FLOPs      {prefill:.3f} of dense per token of a prefill of {record['cost_length']}, {decode:.3f} in decoding",
+            f"FLOPs      {prefill:.3f} of dense per token in a prefill of {record['cost_length']}, {decode:.3f} in decoding",
             f"bytes      {size:.3f} of dense ({record['bytes_format']}, indices counted)",
             f"latency    {record['latency']}",
         ]
     if record.get("warnings"):
         lines.append(f"warning    {record['warnings']}")
-    lines.append(f"record     {record['run_id']} in {store} (attempt {record['attempt']}, {record.get('seconds', 0):.1f} s)")
+    lines.append(
+        f"record     {record['run_id']} in {store} (attempt {record['attempt']}, {record.get('seconds', 0):.1f} s)"
+    )
     return "\n".join(lines)
 
 
@@ -157,7 +162,13 @@ def shown(workspace: Workspace, name: str, format: str) -> str:
 
 
 def _options_text(
-    name: str, text: str, facts: dict[str, Any], options: dict[str, Option], given: dict[str, Any], prefix: str, format: str
+    name: str,
+    text: str,
+    facts: dict[str, Any],
+    options: dict[str, Option],
+    given: dict[str, Any],
+    prefix: str,
+    format: str,
 ) -> str:
     rows = [
         {"option": f"{prefix}{key}", "default": given.get(key, spec.default), "range": spec.range, "meaning": spec.help}

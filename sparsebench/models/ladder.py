@@ -91,20 +91,21 @@ class KjvSource:
         return Batch(ids, torch.ones(rows, length))
 
 
+OTHER_TOKENS = 0.02  # weight of a token that is not part of an answer
+TASK_SHARES = {
+    "retrieval_single": 5,
+    "retrieval_multi_key": 5,
+    "retrieval_multi_query": 20,
+    "variable_tracking": 12,
+    "common_words": 5,
+    "two_hop": 15,
+    "copy": 25,
+    "arithmetic": 13,
+}  # percent of the training documents
+
+
 class TinyworldSource:
     """Rows packed with documents of all tasks and of every length that fits; answers weigh most."""
-
-    TASK_SHARES = {
-        "retrieval_single": 5,
-        "retrieval_multi_key": 5,
-        "retrieval_multi_query": 20,
-        "variable_tracking": 12,
-        "common_words": 5,
-        "two_hop": 15,
-        "copy": 25,
-        "arithmetic": 13,
-    }
-    OTHER_TOKENS = 0.02  # weight of a token that is not part of an answer
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         words = tinyworld.vocabulary()
@@ -112,7 +113,7 @@ class TinyworldSource:
 
     def batch(self, rng: Random, rows: int, length: int) -> Batch:
         ids = torch.zeros(rows, length + 1, dtype=torch.int64)
-        weights = torch.full((rows, length), self.OTHER_TOKENS)
+        weights = torch.full((rows, length), OTHER_TOKENS)
         lengths = [n for n in (64, 128, 256, 512, 1024) if n <= length]
         for row in range(rows):
             size = rng.choice(lengths)
@@ -125,7 +126,7 @@ class TinyworldSource:
 
     def _document(self, rng: Random, length: int) -> tinyworld.Document:
         """Many questions a document: dense supervision is what makes induction heads emerge early."""
-        (task,) = rng.choices(list(self.TASK_SHARES), weights=list(self.TASK_SHARES.values()))
+        (task,) = rng.choices(list(TASK_SHARES), weights=list(TASK_SHARES.values()))
         single = task in ("retrieval_single", "common_words", "copy")
         options = tinyworld.Options(
             queries=1 if single else rng.randint(1, min(16, length // (32 if task == "variable_tracking" else 16))),

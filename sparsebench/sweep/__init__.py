@@ -1,0 +1,1 @@
+"""Sweeps: a named grid of runs, planned as a whole, launched in chunks, finished whatever happens."""
