@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsebench import __version__
-from sparsebench.errors import UserError, closest
+from sparsebench.errors import Mistakes, UserError, closest
 
 if TYPE_CHECKING:
     from sparsebench.run import Run
@@ -30,6 +30,10 @@ sparsebench {version}: how much quality is lost, how much cost is saved, when a 
                         method=wanda model=llama2_7b task=perplexity task.corpus=wikitext2
   python -m sparsebench -m key=a,b key=0.3,0.5      a grid: every combination
   python -m sparsebench results [column=value ...]  what is in the store (format=table|csv|json|parquet)
+  python -m sparsebench sweep <name> [key=a,b ...]  a whole grid from sweeps/, resumable (cluster=local|inline,
+                                                    retry=failed, --plan shows it, --detach leaves it running)
+  python -m sparsebench status|cancel <sweep>       how far it is; end its workers
+  python -m sparsebench logs <run id>               error, traceback and worker log of a run
   python -m sparsebench list [methods|models|tasks|corpora|sweeps]
   python -m sparsebench show <name>                 every option of a method, task, model, corpus, or `run`
   python -m sparsebench doctor                      versions, devices, what is available and why not
@@ -54,6 +58,8 @@ class Arguments:
     verbose: bool = False
     help: bool = False
     config_dir: Path | None = None
+    plan: bool = False
+    detach: bool = False
 
 
 def main(argv: Sequence[str]) -> int:
@@ -65,7 +71,8 @@ def main(argv: Sequence[str]) -> int:
             return DONE
         return VERBS[arguments.verb](arguments)
     except UserError as error:
-        print(f"sparsebench: {_line(str(error))}", file=sys.stderr)
+        lines = str(error).split("\n") if isinstance(error, Mistakes) else [str(error)]
+        print("\n".join(_line(line) for line in [f"sparsebench: {lines[0]}", *lines[1:]]), file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("sparsebench: interrupted; what was finished is in the store, the same command goes on", file=sys.stderr)
@@ -93,13 +100,19 @@ def parse(argv: Sequence[str]) -> Arguments:
             arguments.grid = True
         elif word == "-v":
             arguments.verbose = True
+        elif word == "--plan":
+            arguments.plan = True
+        elif word == "--detach":
+            arguments.detach = True
         elif word == "--config-dir" or word.startswith("--config-dir="):
             value = word.partition("=")[2] or (words.pop(0) if words else "")
             if not value:
                 raise UserError("--config-dir needs a folder")
             arguments.config_dir = Path(value)
         elif word.startswith("-"):
-            raise UserError(f"{word}: unknown flag; valid: -h -m -v --config-dir; options are written key=value")
+            raise UserError(
+                f"{word}: unknown flag; valid: -h -m -v --config-dir --plan --detach; options are written key=value"
+            )
         elif "=" in word:
             arguments.overrides.append(word)
         elif first:
@@ -177,6 +190,40 @@ def _shared_first(runs: Sequence[Run]) -> list[Run]:
     return [run for _, run in sorted(zip(keys, runs, strict=True), key=lambda pair: places[pair[0]])]
 
 
+def _sweep(arguments: Arguments) -> int:
+    from sparsebench.config import Workspace
+    from sparsebench.sweep import command
+
+    name = _one_name(arguments, "a sweep (see `list sweeps`)")
+    workspace = Workspace(arguments.config_dir)
+    if arguments.detach:
+        words = ["sweep", name, *arguments.overrides]
+        words += ["--config-dir", str(arguments.config_dir)] if arguments.config_dir else []
+        store = command.Request.of(arguments.overrides, _store_folder(None)).store
+        code = command.run(workspace, name, arguments.overrides, _store_folder(None), only_plan=True)
+        return code or command.detach(words, name, store)
+    return command.run(workspace, name, arguments.overrides, _store_folder(None), only_plan=arguments.plan)
+
+
+def _on_store(arguments: Arguments) -> int:
+    """The verbs that take a name and a store: status, cancel, logs."""
+    from sparsebench.sweep import command
+
+    name = _one_name(arguments, "a run id" if arguments.verb == "logs" else "a sweep")
+    words = dict(word.split("=", 1) for word in arguments.overrides)
+    store = _store_folder(words.pop("store", None))
+    if words:
+        raise UserError(f"{arguments.verb}: takes only store=<folder>, not {' '.join(arguments.overrides)}")
+    verbs = {"status": command.status, "cancel": command.cancel, "logs": command.logs}
+    return verbs[arguments.verb](name, store)
+
+
+def _one_name(arguments: Arguments, what: str) -> str:
+    if len(arguments.names) != 1:
+        raise UserError(f"{arguments.verb}: name {what}, one at a time")
+    return arguments.names[0]
+
+
 def _results(arguments: Arguments) -> int:
     from sparsebench.results import view
     from sparsebench.results.store import Store
@@ -248,6 +295,10 @@ def _print(output: str | bytes) -> None:
 
 VERBS: dict[str, Callable[[Arguments], int]] = {
     "run": _run,
+    "sweep": _sweep,
+    "status": _on_store,
+    "cancel": _on_store,
+    "logs": _on_store,
     "results": _results,
     "list": _list,
     "show": _show,

@@ -10,6 +10,14 @@ class UserError(Exception):
     """Bad input: shown as one line on stderr, exit code 2, nothing started, nothing stored."""
 
 
+class Mistakes(UserError):
+    """Several mistakes found at once: a heading and a line for each."""
+
+    def __init__(self, heading: str, lines: list[str], most: int = 20) -> None:
+        more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
+        super().__init__("\n  ".join([heading, *lines[:most], *more]))
+
+
 def closest(name: str, valid: Iterable[str]) -> str:
     """``"; did you mean 'wanda'?"`` or the list of valid names, to end an error message with."""
     names = sorted(valid)

@@ -72,7 +72,7 @@ def summary(record: dict[str, Any], store: Path) -> str:
         decode = record["flops_decode"] / record["flops_decode_dense"]
         size = record["bytes_weights"] / record["bytes_weights_dense"]
         lines += [
-            f"FLOPs      {prefill:.3f} of dense per token in a prefill of {record['cost_length']}, {decode:.3f} in decoding",
+            f"FLOPs      {prefill:.3f} of dense in a prefill of {record['cost_length']} tokens, {decode:.3f} in decoding",
             f"bytes      {size:.3f} of dense ({record['bytes_format']}, indices counted)",
             f"latency    {record['latency']}",
         ]

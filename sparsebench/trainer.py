@@ -93,21 +93,26 @@ class TrainConfig:
 
 @dataclass
 class Trainer:
-    """``sources`` maps a name to (source, share of the batch and of the loss); shares sum to 1."""
+    """``sources`` maps a name to (source, share of the batch and of the loss); shares sum to 1.
+
+    Without a ``folder`` nothing is written and nothing can be resumed. ``optimisers`` replaces those
+    that ``config`` describes; the schedule scales their learning rates."""
 
     model: nn.Module
     sources: Mapping[str, tuple[Source, float]]
     config: TrainConfig
-    folder: Path
+    folder: Path | None
     hooks: Sequence[Hook] = ()
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None
     step: int = 0
     tokens: int = 0
     losses: dict[str, float] = field(default_factory=dict)
+    optimisers: list[torch.optim.Optimizer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.optimisers = _optimisers(self.model, self.config)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.optimisers = self.optimisers or _optimisers(self.model, self.config)
         self._base_rates = [[g["lr"] for g in o.param_groups] for o in self.optimisers]
 
     def fit(self) -> nn.Module:
@@ -177,15 +182,15 @@ class Trainer:
             getattr(hook, point)(self, *arguments)
 
     def _log(self, entry: dict[str, Any]) -> None:
+        if self.folder is None:
+            return
         line = {"step": self.step, "tokens": self.tokens, "length": self.config.length_at(self.step - 1), **entry}
         with (self.folder / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
 
-    @property
-    def _checkpoint(self) -> Path:
-        return self.folder / "checkpoint.pt"
-
     def _save(self) -> None:
+        if self.folder is None:
+            return
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -193,28 +198,28 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
         }
-        temporary = self._checkpoint.with_suffix(".tmp")
+        temporary = self.folder / "checkpoint.tmp"
         torch.save(state, temporary)
-        temporary.replace(self._checkpoint)
+        temporary.replace(self.folder / "checkpoint.pt")
 
     def _resume(self) -> None:
-        if not self._checkpoint.exists():
-            self._forget_log()
+        if self.folder is None:
             return
-        state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)  # loading moves it
+        log, checkpoint = self.folder / "log.jsonl", self.folder / "checkpoint.pt"
+        if not checkpoint.exists():
+            self._forget_log(log)
+            return
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)  # loading moves it
         if state["config"] != json.dumps(asdict(self.config)):
-            raise ValueError(
-                f"{self._checkpoint} was made with other training settings; name another folder or remove it"
-            )
+            raise ValueError(f"{checkpoint} was made with other training settings; name another folder or remove it")
         self.model.load_state_dict(state["model"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         self.step, self.tokens = state["step"], state["tokens"]
-        self._forget_log()
+        self._forget_log(log)
 
-    def _forget_log(self) -> None:
+    def _forget_log(self, path: Path) -> None:
         """Drops what was logged after the checkpoint (a torn last line too): those steps come again."""
-        path = self.folder / "log.jsonl"
         if not path.exists():
             return
         whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

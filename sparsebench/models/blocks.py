@@ -39,14 +39,30 @@ class BlockCalls:
 
 @dataclass
 class BlockInputs:
-    """Hidden states in front of the current block, in groups of rows, with the calls that fit them."""
+    """Hidden states in front of the current block, in groups of rows, with the calls that fit them.
+
+    ``fitting`` gives the calls for any other number of rows."""
 
     hidden: list[Tensor]
     calls: list[BlockCalls]
+    fitting: Callable[[int], BlockCalls]
 
     def run(self, index: int, block: nn.Module) -> list[Tensor]:
         """The block's outputs for every group of rows."""
         return [call(index, block, hidden) for hidden, call in zip(self.hidden, self.calls, strict=True)]
+
+    def run_rows(self, index: int, block: nn.Module, rows: range) -> Tensor:
+        """The block's outputs for these rows, in one call: (rows, tokens, hidden size)."""
+        return self.fitting(len(rows))(index, block, take_rows(self.hidden, rows))
+
+
+def take_rows(groups: list[Tensor], rows: range) -> Tensor:
+    """Consecutive rows of a list of groups of rows, as one tensor."""
+    found, first = [], 0
+    for group in groups:
+        found.append(group[max(0, rows.start - first) : max(0, rows.stop - first)])
+        first += len(group)
+    return torch.cat(found)
 
 
 class _Captured(Exception):
@@ -69,7 +85,15 @@ def capture(model: nn.Module, blocks: nn.ModuleList, windows: Tensor) -> BlockIn
             by_shape[group.shape] = _arguments(model, blocks, group.to(device))
         hidden.append(_first_input(model, blocks[0], group.to(device)))
         calls.append(by_shape[group.shape])
-    return BlockInputs(hidden, calls)
+
+    @torch.no_grad()
+    def fitting(count: int) -> BlockCalls:
+        shape = windows[:count].shape
+        if shape not in by_shape:
+            by_shape[shape] = _arguments(model, blocks, windows[:count].to(device))
+        return by_shape[shape]
+
+    return BlockInputs(hidden, calls, fitting)
 
 
 def _arguments(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> BlockCalls:

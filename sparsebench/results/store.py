@@ -22,7 +22,7 @@ import secrets
 import socket
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -77,9 +77,7 @@ class Store:
                 "run_id": run_id,
                 "status": "running",
                 "attempt": number,
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "pid_start": _process_start(os.getpid()),
+                **own_process(),
                 "started": datetime.now(UTC).isoformat(timespec="seconds"),
                 "schema": SCHEMA,
             }
@@ -92,6 +90,15 @@ class Store:
             except OSError as error:
                 raise self._not_writable(error) from None
         return Attempt(self, number, line)
+
+    def declare_lost(self, run_id: str, gone: Callable[[Mapping[str, Any]], bool], reason: str) -> int:
+        """Appends a ``lost`` line for each unfinished attempt whose ``running`` line ``gone`` says is nobody's
+        any more (a queue knows about other hosts, what ``begin`` cannot). Returns how many."""
+        with self._lock:
+            lines = [line for line in _unfinished([line for _, line in self._lines_of(run_id)]) if gone(line)]
+            if lines:
+                self._append("records", [encode(_ordered({**one, "status": "lost", "error": reason})) for one in lines])
+        return len(lines)
 
     def find(self, run_id: str) -> dict[str, Any] | None:
         """The run's record, or None. Fast: only lines that contain the id are parsed."""
@@ -265,20 +272,28 @@ def _shard_name() -> str:
 
 def _vanished(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The ``running`` lines that nobody finished and whose process, on this host, is gone."""
+    return [line for line in _unfinished(lines) if vanished(line)]
+
+
+def vanished(line: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote ``line`` ran on this host and is gone."""
+    return line.get("host") == socket.gethostname() and not _is_alive(line.get("pid"), line.get("pid_start"))
+
+
+def _unfinished(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The ``running`` lines of attempts that have no other line."""
 
     def attempt(line: dict[str, Any]) -> tuple[Any, ...]:  # two processes can be making the same one
         return tuple(line.get(name) for name in ("attempt", "host", "pid", "pid_start"))
 
     lines = list(lines)
     finished = {attempt(line) for line in lines if line["status"] != "running"}
-    return [
-        line
-        for line in lines
-        if line["status"] == "running"
-        and attempt(line) not in finished
-        and line.get("host") == socket.gethostname()
-        and not _is_alive(line.get("pid"), line.get("pid_start"))
-    ]
+    return [line for line in lines if line["status"] == "running" and attempt(line) not in finished]
+
+
+def own_process() -> dict[str, Any]:
+    """What tells this process from every other: host, pid, pid_start."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "pid_start": _process_start(os.getpid())}
 
 
 def _is_alive(pid: Any, start: Any) -> bool:

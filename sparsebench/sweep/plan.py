@@ -10,18 +10,16 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sparsebench import __version__
 from sparsebench.analysis.claims import check_selects
 from sparsebench.config import Unused, Workspace, resolve
-from sparsebench.errors import UserError
+from sparsebench.errors import Mistakes, UserError
 from sparsebench.run import Run
 from sparsebench.sweep.spec import Sweep
-
-_MOST_ERRORS = 20
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class Plan:
     sweep: str
     runs: tuple[Planned, ...]
     number: int = 0
+    untested: tuple[str, ...] = ()  # what keeps claims of an overridden grid from being tested
 
     def ids(self) -> list[str]:
         return [run.run_id for run in self.runs]
@@ -69,14 +68,16 @@ def make(workspace: Workspace, sweep: Sweep) -> Plan:
     plan = Plan(sweep.name, tuple(found.values()))
     if not errors and not plan.runs:
         errors.setdefault("no run is left after the exclusions")
+    untested: list[str] = []
     for claim in sweep.claims if not errors else ():
-        errors |= dict.fromkeys(check_selects(claim, [run.point for run in plan.runs], sweep.seeds))
+        problems = check_selects(claim, [run.point for run in plan.runs], sweep.seeds)
+        if sweep.overridden:  # another grid may leave a claim without its runs
+            untested += problems
+        else:
+            errors |= dict.fromkeys(problems)
     if errors:
-        lines = list(errors)
-        more = f"\n  ... and {len(lines) - _MOST_ERRORS} more" if len(lines) > _MOST_ERRORS else ""
-        listed = "\n".join(f"  {line}" for line in lines[:_MOST_ERRORS])
-        raise UserError(f"sweep {sweep.name}: {len(lines)} mistakes, nothing was started\n{listed}{more}")
-    return plan
+        raise Mistakes(f"sweep {sweep.name}: {len(errors)} mistakes, nothing was started", list(errors))
+    return replace(plan, untested=tuple(untested))
 
 
 def _points(sweep: Sweep) -> Iterator[dict[str, Any]]:
@@ -163,7 +164,7 @@ def keep(plan: Plan, store: Path) -> tuple[Plan, list[str], list[str]]:
     new = [run_id for run_id in plan.ids() if run_id not in set(before)]
     gone = [run_id for run_id in before if run_id not in set(plan.ids())]
     if kept and not new and not gone:
-        return kept, [], []
+        return replace(kept, untested=plan.untested), [], []
     number = (kept.number if kept else 0) + 1
     folder.mkdir(parents=True, exist_ok=True)
     lines = [{"sweep": plan.sweep, "number": number, "version": __version__, "runs": len(plan.runs)}]
@@ -172,7 +173,7 @@ def keep(plan: Plan, store: Path) -> tuple[Plan, list[str], list[str]]:
     temporary = file.with_suffix(f".{id(plan)}.tmp")
     temporary.write_text("\n".join(json.dumps(line) for line in lines) + "\n", encoding="utf-8")
     temporary.rename(file)
-    return Plan(plan.sweep, plan.runs, number), new, gone
+    return replace(plan, number=number), new, gone
 
 
 def newest(store: Path, sweep: str) -> Plan | None:

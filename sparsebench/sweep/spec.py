@@ -50,6 +50,7 @@ class Sweep:
     baselines: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
     claims: list[Claim] = field(default_factory=list)
+    overridden: bool = False
 
 
 def folders(workspace: Workspace) -> list[Path]:
@@ -166,4 +167,4 @@ def _overridden(sweep: Sweep, overrides: Sequence[str]) -> Sweep:
             grid[key] = values
         if key == "sparsity":
             levels = {}
-    return replace(sweep, grid=grid, seeds=seeds, levels=levels)
+    return replace(sweep, grid=grid, seeds=seeds, levels=levels, overridden=bool(overrides))
