@@ -17,7 +17,7 @@ RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 LOG := $(VENV)/pip.log
 
-.PHONY: help demo table test lint ladder clean
+.PHONY: help demo table test lint docs ladder clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -37,6 +37,9 @@ lint: $(DEV_STAMP) ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict sparsebench
+
+docs: $(RUN_STAMP) ## make docs/reference.md from the declarations
+	$(PY) -m sparsebench.docs > docs/reference.md
 
 ladder: $(RUN_STAMP) ## train the tiny models (hours; stop and start it as you like)
 	$(PY) -m sparsebench.models.ladder

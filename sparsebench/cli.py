@@ -30,7 +30,7 @@ sparsebench {version}: how much quality is lost, how much cost is saved, when a 
                         method=wanda model=llama2_7b task=perplexity task.corpus=wikitext2
   python -m sparsebench -m key=a,b key=0.3,0.5      a grid: every combination
   python -m sparsebench results [column=value ...]  what is in the store (format=table|csv|json|parquet)
-  python -m sparsebench sweep <name> [key=a,b ...]  a whole grid from sweeps/, resumable (cluster=local|inline,
+  python -m sparsebench sweep <name> [key=a,b ...]  a whole grid from sweeps/, resumable (cluster=local|inline|slurm,
                                                     retry=failed, --plan shows it, --detach leaves it running)
   python -m sparsebench status|cancel <sweep>       how far it is; end its workers
   python -m sparsebench logs <run id>               error, traceback and worker log of a run
@@ -156,6 +156,7 @@ def _run(arguments: Arguments) -> int:
                     reporter.say(
                         "".join(row["error"] for row in store.details("errors", record["run_id"], record["attempt"]))
                     )
+    records = list({record["run_id"]: record for record in records}.values())  # a grid can name one run twice
     _print(view.table(records, format=options.format))
     if options.format == "table" and len(records) == 1:
         print(summary(records[0], store.folder))
@@ -199,7 +200,7 @@ def _sweep(arguments: Arguments) -> int:
     if arguments.detach:
         words = ["sweep", name, *arguments.overrides]
         words += ["--config-dir", str(arguments.config_dir)] if arguments.config_dir else []
-        store = command.Request.of(arguments.overrides, _store_folder(None)).store
+        store = command.Request.of(arguments.overrides, _store_folder(None), workspace.config_dir).store
         code = command.run(workspace, name, arguments.overrides, _store_folder(None), only_plan=True)
         return code or command.detach(words, name, store)
     return command.run(workspace, name, arguments.overrides, _store_folder(None), only_plan=arguments.plan)

@@ -8,7 +8,6 @@ declaration before it is used, so unknown keys (``_target_`` too) never get furt
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from sparsebench.catalogue import Catalogue, Declaration
 from sparsebench.declare import options_of
 from sparsebench.errors import UserError, closest
 from sparsebench.paths import data_folder
+from sparsebench.rules import check_pattern, check_stack, check_task, file_content, level_of
 from sparsebench.run import Part, Run, RunOptions
 
 GROUPS = ("method", "model", "calibration", "task")
@@ -290,7 +290,7 @@ class _Resolver:
             key = f"{where}.sparsity" if own else "sparsity"
             options["sparsity"] = changed["sparsity"] = level_of(key, asked, options.get("pattern", "unstructured"))
         uses = tuple(declaration.uses) + (("sparsity",) if "sparsity" in options else ())
-        return Part("method", name, part.name, part.version, options, changed, uses)
+        return Part("method", name, part.name, part.version, options, changed, uses, part.files)
 
     def _part(self, group: str, label: str, prefix: str) -> tuple[Declaration, Part]:
         """Validates what one choice's YAML says and the values given for it."""
@@ -309,7 +309,13 @@ class _Resolver:
             options[key] = declaration.options[key].check(f"{prefix}.{key}", value)
             self.used.add(f"{prefix}.{key}")
         changed = {k: v for k, v in options.items() if v != declaration.options[k].default}
-        return declaration, Part(_KIND_OF_GROUP[group], label, name, declaration.version, options, changed)
+        files = {
+            key: file_content(f"{prefix}.{key}", value)
+            for key, value in changed.items()
+            if declaration.options[key].unit == "file"
+        }
+        kind = _KIND_OF_GROUP[group]
+        return declaration, Part(kind, label, name, declaration.version, options, changed, files=files)
 
     def _check_keys(self) -> None:
         """Every key is a run option, or an option under a chosen group. UserError otherwise."""
@@ -334,64 +340,3 @@ def _unknown(key: str, valid: Iterable[str], prefix: str) -> UserError:
     last = key.rsplit(".", 1)[-1]
     where = f" of {prefix}" if prefix else ""
     return UserError(f"{key}: unknown option{where}{closest(last, valid)}")
-
-
-def check_pattern(key: str, pattern: str | None) -> str:
-    """``unstructured`` or ``n:m``, checked: 1 <= n < m <= 64."""
-    if pattern is None or pattern == "unstructured":
-        return "unstructured"
-    match = re.fullmatch(r"(\d+):(\d+)", str(pattern))
-    if match is None:
-        raise UserError(f"{key}={pattern}: must be unstructured or n:m with n kept of m, such as 2:4")
-    kept, group = int(match[1]), int(match[2])
-    if not 1 <= kept < group <= 64:
-        raise UserError(f"{key}={pattern}: n:m keeps n of m weights: 1 <= n < m <= 64")
-    return f"{kept}:{group}"
-
-
-def level_of(key: str, asked: float | None, pattern: str) -> float:
-    """The sparsity a method is given: what was asked, or what its n:m pattern implies."""
-    if pattern == "unstructured":
-        return 0.5 if asked is None else asked
-    kept, group = map(int, pattern.split(":"))
-    implied = 1 - kept / group
-    if asked is not None and abs(asked - implied) > 1e-9:
-        raise UserError(f"{key}={asked:g} contradicts pattern={pattern}, which keeps {kept} of {group} ({implied:g})")
-    return implied
-
-
-def check_stack(declarations: Sequence[Declaration]) -> None:
-    """Refuses two methods that select on one target and phase, and a refiner with nothing before it."""
-    selecting: dict[tuple[str, str], str] = {}
-    for declaration in declarations:
-        place = (declaration.target, declaration.phase)
-        if declaration.stage in (None, "select"):
-            if place in selecting:
-                raise UserError(
-                    f"method=[{selecting[place]},{declaration.name}]: both select on {place[0]} ({place[1]}); "
-                    "a stack takes one selecting method per target and phase"
-                )
-            selecting[place] = declaration.name
-        elif place not in selecting and not any(target == declaration.target for target, _ in selecting):
-            raise UserError(
-                f"method={declaration.name}: stage {declaration.stage} needs a selecting method before it, "
-                f"such as method=[magnitude,{declaration.name}]"
-            )
-
-
-def check_task(declarations: Sequence[Declaration], task: Declaration, options: dict[str, Any]) -> None:
-    """Refuses a method whose phase the task cannot give with these options."""
-    gives = []
-    for entry in task.gives:
-        phase, _, condition = entry.partition(" if ")
-        key, _, value = condition.partition("=")
-        if not condition or str(options.get(key)) == value:
-            gives.append(phase)
-    for declaration in declarations:
-        needs = {"once": [], "train": ["train"]}.get(declaration.phase, declaration.phase.split("+"))
-        for need in needs:
-            if need not in gives:
-                raise UserError(
-                    f"method={declaration.name} acts in phase {need}, which task={task.name} does not give here; "
-                    f"the task gives: {', '.join(task.gives)}"
-                )

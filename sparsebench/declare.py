@@ -175,13 +175,19 @@ class Declared:
             object.__setattr__(self, name, spec.check(name, getattr(self, name)))
 
 
+_OPTIONS: dict[type, dict[str, Option]] = {}  # of every class that was asked for
+
+
 def options_of(declared: type) -> dict[str, Option]:
     """Option name -> Option of a dataclass, in order of declaration, types filled in."""
+    if declared in _OPTIONS:
+        return _OPTIONS[declared]
     found = {}
     for item in dataclasses.fields(declared):
         if "option" in item.metadata:
             kind = item.type if isinstance(item.type, str) else getattr(item.type, "__name__", str(item.type))
             found[item.name] = dataclasses.replace(item.metadata["option"], type=kind)
+    _OPTIONS[declared] = found
     return found
 
 

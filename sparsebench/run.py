@@ -37,7 +37,8 @@ class RunOptions(Declared):
 @dataclass(frozen=True)
 class Part:
     """One chosen method, model, calibration or task. ``label``: its name on the command line;
-    ``name``: its declaration; ``changed``: options that differ from their declared defaults."""
+    ``name``: its declaration; ``changed``: options that differ from their declared defaults; ``files``:
+    for options that name a file, the sha256 of its content, which is what the id depends on."""
 
     kind: str
     label: str
@@ -46,9 +47,10 @@ class Part:
     options: dict[str, Any] = field(default_factory=dict)
     changed: dict[str, Any] = field(default_factory=dict)
     uses: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict)
 
     def identity(self) -> dict[str, Any]:
-        return {"name": self.name, "version": self.version, "options": self.changed}
+        return {"name": self.name, "version": self.version, "options": self.changed | self.files}
 
 
 @dataclass(frozen=True)

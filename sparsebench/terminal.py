@@ -71,8 +71,9 @@ def summary(record: dict[str, Any], store: Path) -> str:
         prefill = record["flops_prefill"] / record["flops_prefill_dense"]
         decode = record["flops_decode"] / record["flops_decode_dense"]
         size = record["bytes_weights"] / record["bytes_weights_dense"]
+        length = record["cost_length"]
         lines += [
-            f"FLOPs      {prefill:.3f} of dense in a prefill of {record['cost_length']} tokens, {decode:.3f} in decoding",
+            f"FLOPs      {prefill:.3f} of dense in a prefill of {length} tokens, {decode:.3f} in decoding",
             f"bytes      {size:.3f} of dense ({record['bytes_format']}, indices counted)",
             f"latency    {record['latency']}",
         ]

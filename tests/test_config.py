@@ -10,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparsebench.config import RUN_OPTIONS, Workspace, level_of, runs
+from sparsebench.config import RUN_OPTIONS, Workspace, runs
 from sparsebench.declare import Option
 from sparsebench.errors import UserError
+from sparsebench.rules import level_of
 from sparsebench.run import Run
 
 CONTENT = "0" * 64

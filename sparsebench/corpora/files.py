@@ -30,7 +30,7 @@ def read_text(option_name: str, path: str) -> str:
 class File(Corpus):
     """A UTF-8 text file; blank lines separate its documents."""
 
-    file: str | None = option(None, "path of the text file")
+    file: str | None = option(None, "path of the text file", unit="file")
 
     def documents(self, split: str) -> list[str]:
         if self.file is None:

@@ -37,6 +37,14 @@ class Applied:
     warnings: list[str] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
 
+    def add(self, other: Applied) -> None:
+        """Joins what another family of the stack did."""
+        self.layers += other.layers
+        self.acts_on |= other.acts_on
+        self.tolerance = max(self.tolerance, other.tolerance)
+        self.warnings += other.warnings
+        self.notes |= other.notes
+
 
 @dataclass
 class Surroundings:

@@ -93,11 +93,16 @@ class Store:
 
     def declare_lost(self, run_id: str, gone: Callable[[Mapping[str, Any]], bool], reason: str) -> int:
         """Appends a ``lost`` line for each unfinished attempt whose ``running`` line ``gone`` says is nobody's
-        any more (a queue knows about other hosts, what ``begin`` cannot). Returns how many."""
+        any more (a queue knows about other hosts, what ``begin`` cannot). Returns how many. UserError when the
+        store cannot be written."""
         with self._lock:
             lines = [line for line in _unfinished([line for _, line in self._lines_of(run_id)]) if gone(line)]
-            if lines:
-                self._append("records", [encode(_ordered({**one, "status": "lost", "error": reason})) for one in lines])
+            try:
+                if lines:
+                    lost = [{**one, "status": "lost", "error": reason} for one in lines]
+                    self._append("records", [encode(_ordered(one)) for one in lost])
+            except OSError as error:
+                raise self._not_writable(error) from None
         return len(lines)
 
     def find(self, run_id: str) -> dict[str, Any] | None:
@@ -107,7 +112,7 @@ class Store:
     def records(self) -> list[dict[str, Any]]:
         """One record a run, in order of first appearance by shard name, then line."""
         best: dict[str, dict[str, Any]] = {}
-        with _no_garbage_collection():
+        with no_garbage_collection():
             for _, line in self._read_records(None):
                 known = best.get(line["run_id"])
                 if known is None or rank(line) > rank(known):
@@ -293,7 +298,12 @@ def _unfinished(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def own_process() -> dict[str, Any]:
     """What tells this process from every other: host, pid, pid_start."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "pid_start": _process_start(os.getpid())}
+    return process_of(os.getpid())
+
+
+def process_of(pid: int) -> dict[str, Any]:
+    """The same for another process of this host."""
+    return {"host": socket.gethostname(), "pid": pid, "pid_start": _process_start(pid)}
 
 
 def _is_alive(pid: Any, start: Any) -> bool:
@@ -324,7 +334,7 @@ def _process_start(pid: int) -> str | None:
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Collecting garbage while a million dicts are made would take most of the time, and finds nothing."""
     was_on = gc.isenabled()
     gc.disable()

@@ -1,69 +1,97 @@
 """A worker's share of a plan: made of plain strings, so that it can be pickled, queued and started again.
 
 Runs of one chunk share what the experiment keeps between runs: the sparse model of several tasks, and
-everything that was imported. A run that is done or that somebody else holds is skipped, so starting a
-chunk again goes on where it ended.
+everything that was imported. A run that is done, that was tried since the chunk was made, or that somebody
+else holds is skipped, so starting a chunk again goes on where it ended.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsebench.errors import UserError
+from sparsebench.results.tail import Tail
 from sparsebench.sweep.lease import Leases
 from sparsebench.sweep.plan import Planned
 
 
 @dataclass
 class Chunk:
-    """``runs``: JSON texts [run id, words]; ``job``: what the queue calls this chunk."""
+    """``runs``: JSON texts [run id, words, attempts that had ended]; ``job``: what the queue calls this chunk;
+    ``requeued``: the environment variable in which the queue counts how often it started the chunk again."""
 
     store: str
     config_dir: str | None
     runs: list[str]
     job: str | None = None
+    requeued: str | None = None
 
     @classmethod
-    def of(cls, store: Path, config_dir: Path | None, runs: Sequence[Planned]) -> Chunk:
-        texts = [json.dumps([run.run_id, list(run.words)]) for run in runs]
-        return cls(str(store), str(config_dir) if config_dir else None, texts)
+    def of(
+        cls, store: Path, config_dir: Path | None, runs: Sequence[Planned], attempts: Mapping[str, int] | None = None
+    ) -> Chunk:
+        """``attempts``: the newest ended attempt of each run, so that nobody else's failure is made again."""
+        known = attempts or {}
+        texts = [json.dumps([run.run_id, list(run.words), known.get(run.run_id, 0)]) for run in runs]
+        return cls(str(store.resolve()), str(config_dir) if config_dir else None, texts)
 
     def __call__(self) -> dict[str, str]:
         """Makes the runs, one after the other; run id -> status. One run's failure touches no other."""
+        store = Path(self.store)
+        leases, tail = Leases(store, self.job, again=self._restarts() > 0), Tail(store)
+        experiment = self._experiment()
+        statuses: dict[str, str] = {}
+        for text in self.runs:
+            run_id, words, attempts = json.loads(text)
+            if self._is_open(tail, run_id, attempts) and leases.take(run_id):
+                try:  # its last owner may have finished it while we looked, so look again
+                    if self._is_open(tail, run_id, attempts):
+                        statuses[run_id] = self._one(experiment, run_id, words)
+                finally:
+                    leases.release(run_id)
+        return statuses
+
+    def run_ids(self) -> list[str]:
+        return [json.loads(text)[0] for text in self.runs]
+
+    def _is_open(self, tail: Tail, run_id: str, attempts: int) -> bool:
+        tail.look()
+        line = tail.best.get(run_id)
+        return line is None or (line["status"] != "ok" and tail.attempt(run_id) <= attempts)
+
+    def _experiment(self) -> Any:
         from sparsebench.config import Workspace
         from sparsebench.experiment import Experiment
         from sparsebench.results.store import Store
 
-        store = Store(Path(self.store))
-        leases = Leases(store.folder, self.job)
-        experiment = Experiment(Workspace(Path(self.config_dir) if self.config_dir else None), store)
-        statuses: dict[str, str] = {}
-        for text in self.runs:
-            run_id, words = json.loads(text)
-            known = store.find(run_id)
-            if known and known["status"] == "ok":
-                statuses[run_id] = "ok"
-            elif leases.take(run_id):
-                statuses[run_id] = self._one(experiment, run_id, words)
-                leases.release(run_id)
-        return statuses
+        workspace = Workspace(Path(self.config_dir) if self.config_dir else None)
+        extra = {"job": self.job, "restarts": self._restarts()} if self.job else {}
+        return Experiment(workspace, Store(Path(self.store)), extra=extra)
+
+    def _restarts(self) -> int:
+        return int(os.environ.get(self.requeued) or 0) if self.requeued else 0
 
     def _one(self, experiment: Any, run_id: str, words: Sequence[str]) -> str:
         """One run; what cannot even begin here (a model that this machine cannot load) is recorded too."""
         from sparsebench.config import runs
 
+        named: dict[str, Any] = {}
         try:
             (run,) = runs(experiment.workspace, words)
+            named = {"method": run.label, "model": run.model.label, "task": run.task.label}
+            named |= {"sparsity": run.sparsity, "pattern": run.pattern, "seed": run.seed}
             return str(experiment.run(run)["status"])
-        except (UserError, OSError, MemoryError) as error:
-            attempt = experiment.store.begin(run_id, {"error": str(error)})
-            attempt.finish("failed", {"error": f"{type(error).__name__}: {error}"}, error=traceback.format_exc())
+        except Exception as error:  # whatever keeps a run from beginning is its record's business
+            attempt = experiment.store.begin(run_id, named)  # UserError if it was the store that refused
+            message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            attempt.finish("failed", {"error": " ".join(message.split())[:300]}, error=traceback.format_exc())
             return "failed"
 
     def checkpoint(self) -> Any:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import shlex
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +15,16 @@ from typing import Any
 from sparsebench.config import Workspace, parse_values
 from sparsebench.declare import options_of
 from sparsebench.errors import UserError, closest
-from sparsebench.results.store import Store, vanished
+from sparsebench.paths import data_folder
+from sparsebench.results.store import Store
 from sparsebench.results.tail import Tail
 from sparsebench.sweep import plan as plans
-from sparsebench.sweep import spec
-from sparsebench.sweep.engine import Engine
+from sparsebench.sweep import slurm, spec
+from sparsebench.sweep.engine import Engine, cancel_file
 from sparsebench.sweep.launch import ClusterOptions, Inline, Launcher, Local
 
-LAUNCHERS = ("inline", "local")
+LAUNCHERS = ("inline", "local", "slurm")
+_END_ROUNDS = 50  # tenths of a second that a worker may take to end
 _ORDER = ("ok", "failed", "lost", "running", "pending")
 
 
@@ -37,24 +39,44 @@ class Request:
     words: list[str]  # what belongs to the sweep itself
 
     @classmethod
-    def of(cls, words: Sequence[str], default_store: Path) -> Request:
-        given = {k: v for k, v in parse_values([w for w in words if _is_ours(w)]).items()}
+    def of(cls, words: Sequence[str], default_store: Path, config_dir: Path | None = None) -> Request:
+        given: dict[str, Any] = {**parse_values([w for w in words if _is_ours(w)])}
         single = {key: values[0] for key, values in given.items() if len(values) == 1}
         if len(single) < len(given):
             raise UserError(f"{next(iter(set(given) - set(single)))}: takes one value")
-        launcher = single.pop("cluster", "local")
-        if launcher not in LAUNCHERS:
-            raise UserError(f"cluster={launcher}: unknown launcher{closest(str(launcher), LAUNCHERS)}")
+        launcher, settings = _settings(str(single.pop("cluster", "local")), config_dir)
         retry = single.pop("retry", None)
         if retry not in (None, "failed"):
             raise UserError(f"retry={retry}: valid: failed")
         store = Path(str(single.pop("store", default_store))).expanduser()
-        return cls(store, launcher, _cluster(single), retry == "failed", [w for w in words if not _is_ours(w)])
+        options = _cluster(settings | single)
+        return cls(store, launcher, options, retry == "failed", [word for word in words if not _is_ours(word)])
 
 
 def _is_ours(word: str) -> bool:
     key = word.partition("=")[0]
     return key in ("cluster", "retry", "store") or key.startswith("cluster.")
+
+
+def _settings(name: str, config_dir: Path | None) -> tuple[str, dict[str, Any]]:
+    """The launcher and the ``cluster.*`` options that ``cluster/<name>.yaml`` names (a user's before the project's)."""
+    import yaml
+
+    known: dict[str, Path] = {}
+    for folder in (data_folder("conf"), *([config_dir] if config_dir else [])):
+        known |= {file.stem: file for file in sorted((folder / "cluster").glob("*.yaml"))}
+    if name not in known:
+        raise UserError(f"cluster={name}: unknown launcher{closest(name, known)}")
+    try:
+        content = yaml.safe_load(known[name].read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{known[name]}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{known[name]}: holds `launcher:` and options of cluster, one a line")
+    launcher = str(content.pop("launcher", name))
+    if launcher not in LAUNCHERS:
+        raise UserError(f"{known[name]}: launcher: {launcher}: unknown launcher{closest(launcher, LAUNCHERS)}")
+    return launcher, {f"cluster.{key}": value for key, value in content.items()}
 
 
 def _cluster(given: dict[str, Any]) -> ClusterOptions:
@@ -70,7 +92,7 @@ def _cluster(given: dict[str, Any]) -> ClusterOptions:
 
 def run(workspace: Workspace, name: str, words: Sequence[str], default_store: Path, *, only_plan: bool) -> int:
     """``sweep <name>``: plans, then (unless ``only_plan``) runs to the end. The exit code."""
-    request = Request.of(words, default_store)
+    request = Request.of(words, default_store, workspace.config_dir)
     sweep = spec.load(workspace, name, request.words)
     plan = plans.make(workspace, sweep)
     store = Store(request.store)
@@ -82,11 +104,11 @@ def run(workspace: Workspace, name: str, words: Sequence[str], default_store: Pa
     if only_plan:
         print(_described(plan, tail, request))
         return 0
+    launcher = _launcher(request, store.folder, plan)
     plan, new, gone = plans.keep(plan, store.folder)
     if plan.number > 1 and (new or gone):
         _say(f"plan {plan.number} of {name}: {len(new)} runs are new, {len(gone)} are no longer in it")
     redo = {run_id for run_id in plan.ids() if request.retry and tail.status(run_id) == "failed"}
-    launcher = _launcher(request, store.folder / "jobs" / name)
     with _Display(name) as display:
         engine = Engine(plan, store, launcher, request.options, workspace.config_dir, redo, display.look)
         counts = engine.run()
@@ -94,10 +116,21 @@ def run(workspace: Workspace, name: str, words: Sequence[str], default_store: Pa
     return 0 if counts["ok"] == len(plan.runs) else 1
 
 
-def _launcher(request: Request, folder: Path) -> Launcher:
+def _launcher(request: Request, store: Path, plan: plans.Plan) -> Launcher:
+    """UserError when it cannot start anything, or when jobs of another grid are still alive."""
     if request.launcher == "inline":
         return Inline()
-    return Local.of(folder, request.options.workers)
+    launcher: Launcher = Local.of(store / "jobs" / plan.sweep, request.options.workers)
+    if request.launcher == "slurm":
+        launcher = slurm.Slurm.of(store, plan.sweep, request.options)
+    planned = set(plan.ids())
+    foreign = [job for job, run_ids in launcher.attach().items() if not planned.issuperset(run_ids)]
+    if foreign:
+        raise UserError(
+            f"sweep {plan.sweep}: {len(foreign)} jobs of its plan before, another grid, are still alive "
+            f"({foreign[0]} ...): wait for them, or `cancel {plan.sweep}`"
+        )
+    return launcher
 
 
 def detach(words: Sequence[str], name: str, store: Path) -> int:
@@ -125,37 +158,36 @@ def status(name: str, store: Path) -> int:
     tail.look()
     counts = Counter(tail.status(run_id) or "pending" for run_id in plan.ids())
     print(_summary(name, plan, tail, counts))
+    queued = slurm.described(store, name)
+    if queued:
+        print(queued)
     return 0
 
 
 def cancel(name: str, store: Path) -> int:
-    """``cancel <sweep>``: ends the worker processes of this machine and marks what they were at as lost."""
+    """``cancel <sweep>``: stops its engine, ends its workers (processes of this machine, jobs in the queue) and
+    marks what they were at as lost."""
     plan = plans.newest(store, name)
     if plan is None:
         raise UserError(f"cancel {name}: store={store} has no plan of that name")
-    ended = 0
-    for file in sorted((store / "jobs" / name).glob("*.json")):
-        for process in _processes_of(file):
-            os.kill(process, signal.SIGTERM)
-            ended += 1
-    lost = sum(Store(store).declare_lost(run_id, vanished, "cancelled") for run_id in plan.ids()) if ended else 0
-    print(
-        f"cancelled {name}: {ended} processes ended, {lost} runs marked lost; `sweep {name}` goes on where it stopped"
-    )
+    folder = store / "jobs" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    cancel_file(store, name).touch()  # before its workers end, so that it starts no others
+    local, queue = Local.of(folder, 1), slurm.Queue(store.resolve() / "jobs")
+    processes = len(local.attach())
+    local.stop()
+    jobs = slurm.cancel(queue, name)
+    for _ in range(_END_ROUNDS):
+        if not local.alive():
+            break
+        time.sleep(0.1)
+    tail = Tail(store)
+    tail.look()
+    open_runs = [run_id for run_id in plan.ids() if run_id in tail.running]
+    lost = sum(Store(store).declare_lost(run_id, queue.gone, "cancelled") for run_id in open_runs)
+    ended = f"{processes} processes and {jobs} jobs ended" if jobs else f"{processes} processes ended"
+    print(f"cancelled {name}: {ended}, {lost} runs marked lost; `sweep {name}` goes on where it stopped")
     return 0
-
-
-def _processes_of(chunk: Path) -> list[int]:
-    """Processes of this machine whose command line names the chunk's file."""
-    wanted, found = str(chunk).encode(), []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-        except OSError:  # it ended meanwhile, or is somebody else's
-            continue
-        if wanted in words and int(folder.name) != os.getpid():
-            found.append(int(folder.name))
-    return found
 
 
 def logs(run_id: str, store: Path) -> int:
@@ -167,16 +199,18 @@ def logs(run_id: str, store: Path) -> int:
     print(f"{record['run_id']} {record.get('method')} {record['status']} {record.get('error') or ''}")
     for row in Store(store).details("errors", record["run_id"], record["attempt"]):
         print(row["error"])
-    for file in sorted((store / "jobs").glob("*/*.json")):
-        if record["run_id"] in file.read_text(encoding="utf-8") and file.with_suffix(".log").exists():
-            print(f"--- {file.with_suffix('.log')}")
-            print("\n".join(file.with_suffix(".log").read_text(errors="replace").splitlines()[-20:]))
+    chunks = [file for file in (store / "jobs").glob("*/*.json") if record["run_id"] in file.read_text("utf-8")]
+    for log in [*sorted(file.with_suffix(".log") for file in chunks), *slurm.logs_of(store / "jobs", record["run_id"])]:
+        if log.exists():
+            print(f"--- {log}")
+            print("\n".join(log.read_text(errors="replace").splitlines()[-20:]))
     return 0
 
 
 def _described(plan: plans.Plan, tail: Tail, request: Request) -> str:
     done = [run_id for run_id in plan.ids() if tail.status(run_id) == "ok"]
-    open_runs = [run for run in plan.runs if run.run_id not in set(done)]
+    made = set(done)
+    open_runs = [run for run in plan.runs if run.run_id not in made]
     timed = [tail.best[run_id].get("seconds") or 0.0 for run_id in done]
     each = sum(timed) / len(timed) if timed else None
     size = max(1, int(request.options.chunk_minutes * 60 / (each or 10.0)))
@@ -196,15 +230,16 @@ def _described(plan: plans.Plan, tail: Tail, request: Request) -> str:
 
 def _summary(name: str, plan: plans.Plan, tail: Tail, counts: Counter[str]) -> str:
     lines = [f"{name}: {len(plan.runs)} runs: " + ", ".join(f"{counts[s]} {s}" for s in _ORDER if counts[s])]
-    methods = sorted({str(run.point["method"]) for run in plan.runs})
-    for method in methods if len(methods) > 1 else ():
-        own = Counter(tail.status(r.run_id) or "pending" for r in plan.runs if r.point["method"] == method)
+    states = {run.run_id: tail.status(run.run_id) or "pending" for run in plan.runs}
+    methods: dict[str, Counter[str]] = {}
+    for run in plan.runs:
+        methods.setdefault(str(run.point["method"]), Counter())[states[run.run_id]] += 1
+    for method, own in sorted(methods.items()) if len(methods) > 1 else ():
         lines.append(f"  {method:<20} " + ", ".join(f"{own[s]} {s}" for s in _ORDER if own[s]))
     for run in plan.runs:
-        state = tail.status(run.run_id)
-        if state in ("failed", "lost"):
-            lines.append(f"  {run.run_id[:8]} {state}: {tail.best[run.run_id].get('error')}")
-            lines.append(f"           python -m sparsebench {' '.join(run.words)} force=true")
+        if states[run.run_id] in ("failed", "lost"):
+            lines.append(f"  {run.run_id[:8]} {states[run.run_id]}: {tail.best[run.run_id].get('error')}")
+            lines.append(f"           python -m sparsebench {shlex.join(run.words)} force=true")
     return "\n".join(lines)
 
 

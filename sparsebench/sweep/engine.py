@@ -2,18 +2,21 @@
 
 The store is the truth. A run is done when its record says ok or failed; a run whose process died is
 marked ``lost`` and tried again alone, up to ``retries`` times; everything else of its chunk goes on.
-Stopping the engine leaves the workers running, and starting it again finds their leases.
+Stopping the engine leaves the workers running, and starting it again finds them and their leases.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from sparsebench.results.store import Store, vanished
+from sparsebench.errors import UserError
+from sparsebench.results.store import Store, own_process
 from sparsebench.results.tail import Tail
 from sparsebench.sweep.chunk import Chunk
 from sparsebench.sweep.launch import ClusterOptions, Launcher
@@ -21,8 +24,14 @@ from sparsebench.sweep.lease import Leases
 from sparsebench.sweep.plan import Plan, Planned, chunks
 
 DEFAULT_SECONDS = 10.0  # of a run that nothing is known about
+MOST_BARREN = 10  # chunks in a row that may end without having begun one run
 
 Look = Callable[[Counter[str], float | None], None]  # counts by status, seconds left
+
+
+def cancel_file(store: Path, sweep: str) -> Path:
+    """While this file exists, the sweep's engine stops (wherever it runs)."""
+    return store / "jobs" / sweep / "cancelled"
 
 
 @dataclass
@@ -40,42 +49,53 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.tail = Tail(self.store.folder)
-        self.leases = Leases(self.store.folder)
-        self.by_id = {run.run_id: run for run in self.plan.runs}
+        self.leases = Leases(self.store.folder, gone=self.launcher.gone)
+        self.open = {run.run_id: run for run in self.plan.runs}  # all that is not ok
+        self.states: dict[str, str] = {}  # of what is open
         self.tail.look()
         self.lost_before = Counter(self.tail.lost)
-        self.attempts_before = {run_id: line["attempt"] for run_id, line in self.tail.best.items()}
+        self.attempts_before = {run_id: self.tail.attempt(run_id) for run_id in self.open}
+        self.attempts = dict(self.attempts_before)  # when the run was last put into a chunk
+        self.withdrawn: set[str] = set()  # runs of chunks that a person cancelled
+        self.barren = 0
+        self.host = own_process()["host"]
 
     def run(self) -> Counter[str]:
-        """Runs the plan to its end; counts by status. KeyboardInterrupt leaves the workers running."""
-        started = time.monotonic()
+        """Runs the plan to its end; counts by status. KeyboardInterrupt leaves the workers running.
+
+        UserError when the store cannot be written, or when workers keep ending before they begin a run.
+        """
+        cancel_file(self.store.folder, self.plan.sweep).unlink(missing_ok=True)
+        self.working |= self.launcher.attach()
+        started, first = time.monotonic(), None
         while True:
-            self.tail.look()
+            if cancel_file(self.store.folder, self.plan.sweep).exists():
+                raise KeyboardInterrupt
             self._bury()
-            ready = self._pending()
-            busy = {run_id for ids in self.working.values() for run_id in ids}
-            free = self.launcher.slots - len(self.working)
-            for group in self._chunks([run for run in ready if run.run_id not in busy])[: max(0, free)]:
-                name = self.launcher.start(Chunk.of(self.store.folder, self.config_dir, group), self.plan.sweep)
-                self.working[name] = [run.run_id for run in group]
-            self.tail.look()
             counts = self.counts()
-            self.look(counts, self._left(started))
-            if not self.working and not self._pending() and not self._held():
+            left = counts["pending"] + counts["running"]
+            first = left if first is None else first
+            self.look(counts, (time.monotonic() - started) / (first - left) * left if left < first else None)
+            ready, held = self._ready()
+            if not self.working and not ready and not held:
                 return counts
-            if self.launcher.alive():
+            self._start(ready)
+            if self.launcher.alive() or not self.working:  # the latter: others' workers hold what is left
                 time.sleep(self.options.poll)
-            elif not self.working:
-                time.sleep(self.options.poll)  # somebody else's workers hold what is left
 
     def counts(self) -> Counter[str]:
         """How many runs are ok, failed, lost, running or pending."""
-        return Counter(self._status(run_id) for run_id in self.by_id)
+        self.states = {run_id: self._status(run_id) for run_id in self.open}
+        for run_id in [run_id for run_id, state in self.states.items() if state == "ok"]:
+            del self.open[run_id], self.states[run_id]
+        return Counter(self.states.values()) + Counter(ok=len(self.plan.runs) - len(self.open))
 
     def _status(self, run_id: str) -> str:
         line = self.tail.best.get(run_id)
         if line is None:
             return "pending"
+        if self.tail.going(run_id):
+            return "running"
         if run_id in self.redo and line["status"] == "failed" and line["attempt"] <= self.attempts_before[run_id]:
             return "pending"
         if line["status"] == "lost" and self._tries(run_id) <= self.options.retries:
@@ -86,48 +106,98 @@ class Engine:
         """How often the run was lost since this engine began."""
         return self.tail.lost[run_id] - self.lost_before[run_id]
 
-    def _pending(self) -> list[Planned]:
-        return [r for r in self.plan.runs if self._status(r.run_id) == "pending" and not self.leases.held(r.run_id)]
+    def _ready(self) -> tuple[list[Planned], bool]:
+        """The runs to put into chunks, and whether somebody (of this engine or not) is at work on others."""
+        busy = {run_id for ids in self.working.values() for run_id in ids}
+        leased = self.leases.taken()
+        ready, held = [], False
+        for run_id, state in self.states.items():
+            if state not in ("pending", "running") or run_id in busy or run_id in self.withdrawn:
+                continue
+            if run_id in leased and self.leases.held(run_id):
+                held = True
+            elif state == "pending":
+                ready.append(self.open[run_id])
+            elif any(line["host"] == self.host for line in self.tail.going(run_id)):
+                held = True  # a process of this machine that is no worker, as the verb `run`
+        return ready, held
 
-    def _held(self) -> bool:
-        open_runs = (run_id for run_id in self.by_id if self._status(run_id) in ("pending", "running"))
-        return any(self.leases.held(run_id) for run_id in open_runs)
+    def _start(self, ready: Sequence[Planned]) -> None:
+        free = self.launcher.slots - len(self.working)
+        groups = self._chunks(ready)[:free] if ready and free > 0 else []
+        if not groups:
+            return
+        self.attempts |= {run.run_id: self.tail.attempt(run.run_id) for group in groups for run in group}
+        made = [Chunk.of(self.store.folder, self.config_dir, group, self.attempts) for group in groups]
+        names = self.launcher.start(made, self.plan.sweep)
+        self.working |= {name: chunk.run_ids() for name, chunk in zip(names, made, strict=False)}
 
     def _bury(self) -> None:
         """Takes chunks that ended off the list and marks what died with them as lost."""
         alive = self.launcher.alive()
-        for name in [name for name in self.working if name not in alive]:
-            del self.working[name]
-        for run_id in self.by_id:
-            line = self.tail.best.get(run_id)
-            if line and line["status"] == "running" and vanished(line):
-                self.store.declare_lost(run_id, vanished, f"process {line['pid']} on {line['host']} vanished")
+        self.tail.look()  # after the question who lives, so that what the dead wrote is seen
+        for run_id in [run_id for run_id in self.tail.running if run_id in self.open]:
+            for line in self.tail.running[run_id].values():
+                owner = self.leases.owner(run_id) or {}
+                owner = owner if _same_process(owner, line) else line
+                if self.launcher.gone(owner):
+                    self.store.declare_lost(run_id, partial(_same_process, line), self.launcher.fate(owner))
+                    if self.leases.take(run_id):  # on other hosts nobody could know that its owner is dead
+                        self.leases.release(run_id)
         self.tail.look()
+        for name in [name for name in self.working if name not in alive]:
+            ids = [run_id for run_id in self.working.pop(name) if run_id in self.open]
+            if self.launcher.withdrawn(name):
+                self.withdrawn.update(ids)
+                continue
+            blamed = [run_id for run_id in ids if self._died_before_it_began(run_id)]
+            moved = [run_id for run_id in ids if self._has_moved(run_id) or self.leases.held(run_id)]
+            self.barren = 0 if moved or blamed or not ids else self.barren + 1
+        self.tail.look()
+        if self.barren >= MOST_BARREN:
+            where = self.store.folder / "jobs" / self.plan.sweep
+            raise UserError(
+                f"sweep {self.plan.sweep}: {self.barren} workers in a row ended without beginning a run; logs: {where}"
+            )
+
+    def _has_moved(self, run_id: str) -> bool:
+        """Whether anybody made, or is making, the run since it was put into a chunk."""
+        return bool(self.tail.going(run_id)) or self.tail.attempt(run_id) > self.attempts[run_id]
+
+    def _died_before_it_began(self, run_id: str) -> bool:
+        """Marks a run as lost whose worker went with the lease in hand but before its ``running`` line (it can
+        die of loading the model)."""
+        if self._has_moved(run_id) or not self.leases.abandoned(run_id) or not self.leases.take(run_id):
+            return False
+        try:
+            self.tail.look()
+            if not self._has_moved(run_id):
+                error = {"error": "its worker died before the run began"}
+                self.store.begin(run_id, {}).finish("lost", error)
+        finally:
+            self.leases.release(run_id)
+        return True
 
     def _chunks(self, runs: Sequence[Planned]) -> list[list[Planned]]:
         """Lost runs alone, the others by model and by estimated minutes, at least one chunk per slot."""
-        alone = [[run] for run in runs if self._tries(run.run_id)]
-        rest = [run for run in runs if not self._tries(run.run_id)]
+        alone = [[run] for run in runs if self._was_lost(run)]
+        rest = [run for run in runs if not self._was_lost(run)]
         if not rest:
             return alone
         by_time = max(1, int(self.options.chunk_minutes * 60 / self.seconds()))
-        share = -(-len(rest) // self.launcher.slots)
+        share = -(-len(rest) // self.launcher.width)
         return [*chunks(rest, max(1, min(by_time, share))), *alone]
+
+    def _was_lost(self, run: Planned) -> bool:
+        line = self.tail.best.get(run.run_id)
+        return line is not None and line["status"] == "lost"
 
     def seconds(self) -> float:
         """The mean seconds of this plan's finished runs, or a guess."""
-        known = [self.tail.best[run_id].get("seconds") for run_id in self.by_id if run_id in self.tail.best]
+        known = [self.tail.best[r.run_id].get("seconds") for r in self.plan.runs if r.run_id in self.tail.best]
         timed = [float(value) for value in known if isinstance(value, (int, float))]
         return sum(timed) / len(timed) if timed else DEFAULT_SECONDS
 
-    def _left(self, started: float) -> float | None:
-        counts = self.counts()
-        open_runs = counts["pending"] + counts["running"]
-        made = sum(
-            1
-            for run_id, line in self.tail.best.items()
-            if run_id in self.by_id
-            and line["attempt"] > self.attempts_before.get(run_id, 0)
-            and line["status"] != "running"
-        )
-        return (time.monotonic() - started) / made * open_runs if made else None
+
+def _same_process(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(one.get(key) == other.get(key) for key in ("host", "pid", "pid_start"))

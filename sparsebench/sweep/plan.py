@@ -7,8 +7,12 @@ to a sweep never depends on the records.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import os
+import re
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,14 +21,19 @@ from typing import Any
 from sparsebench import __version__
 from sparsebench.analysis.claims import check_selects
 from sparsebench.config import Unused, Workspace, resolve
-from sparsebench.errors import Mistakes, UserError
+from sparsebench.errors import Mistakes, UserError, closest
+from sparsebench.results.store import no_garbage_collection
 from sparsebench.run import Run
 from sparsebench.sweep.spec import Sweep
+
+_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")  # a text that needs no quotes on the command line ...
+_NOT_TEXT = {"null", "true", "false", "nan", "inf"}  # ... unless it would be read as something else
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a plan: its ids, the words that make it again on the command line, its flat point."""
+    """One run of a plan: its ids, the words that make it again on the command line, its flat point.
+    ``group``: runs of one model have the same; they share chunks."""
 
     run_id: str
     sparse_model_id: str
@@ -47,24 +56,38 @@ class Plan:
 
 
 def make(workspace: Workspace, sweep: Sweep) -> Plan:
-    """Expands and validates. UserError with one line per mistake (the first 20)."""
-    errors: dict[str, None] = {}
+    """Expands and validates. Mistakes, a UserError, with one line per mistake (the first 20)."""
+    with no_garbage_collection():
+        return _made(workspace, sweep)
+
+
+def _made(workspace: Workspace, sweep: Sweep) -> Plan:
+    errors: dict[str, None] = dict.fromkeys(_strays(workspace, sweep))
     found: dict[str, Planned] = {}
     contents: dict[str, str] = {}
     unused = Unused()
-    for point in _points(sweep):
+    hits: set[int] = set()
+    for point in _points(workspace, sweep):
+        own = Unused()
         try:
-            run = resolve(workspace, point, unused)
+            run = resolve(workspace, point, own)
+            unused.used |= own.used
+            unused.errors |= own.errors
             key = str(run.model)
             if key not in contents:
                 contents[key] = workspace.catalogue.load("model", run.model.name)(**run.model.options).content()
         except UserError as error:
             errors.setdefault(str(error))
             continue
-        planned = _planned(run, point, contents[key])
-        if not _excluded(sweep, planned.point):
+        planned = _planned(run, {name: one for name, one in point.items() if name not in own.errors}, contents[key])
+        fits = [index for index, rule in enumerate(sweep.exclude) if _fits(rule, planned.point)]
+        hits.update(fits)
+        if not fits:
             found.setdefault(planned.run_id, planned)
     errors |= dict.fromkeys(str(error) for error in unused.mistakes())
+    if not errors and not sweep.overridden:
+        idle = [rule for index, rule in enumerate(sweep.exclude) if index not in hits]
+        errors |= dict.fromkeys(f"exclude {rule}: no run of the grid fits it" for rule in idle)
     plan = Plan(sweep.name, tuple(found.values()))
     if not errors and not plan.runs:
         errors.setdefault("no run is left after the exclusions")
@@ -80,47 +103,88 @@ def make(workspace: Workspace, sweep: Sweep) -> Plan:
     return replace(plan, untested=tuple(untested))
 
 
-def _points(sweep: Sweep) -> Iterator[dict[str, Any]]:
+def _methods(sweep: Sweep) -> list[list[str]]:
+    """The stacks of the axis ``method`` and the baselines that are not among them."""
+    methods = [_stack(value) for value in sweep.grid.get("method", ["wanda"])]
+    return methods + [[name] for name in sweep.baselines if [name] not in methods]
+
+
+def _points(workspace: Workspace, sweep: Sweep) -> Iterator[dict[str, Any]]:
     """Every combination of the axes as {key: value}; an axis of a method applies to that method only."""
-    grid = dict(sweep.grid)
-    methods = [_stack(value) for value in grid.pop("method", ["wanda"])]
-    methods += [[name] for name in sweep.baselines if [name] not in methods]
+    grid = {key: values for key, values in sweep.grid.items() if key != "method"}
+    if "task" in grid:  # task=[a,b] is one run per task
+        grid["task"] = [one for value in grid["task"] for one in (value if isinstance(value, list) else [value])]
     own = {key: values for key, values in grid.items() if key.startswith("method.")}
     common = {key: values for key, values in grid.items() if key not in own}
-    for method in methods:
+    for method in _methods(sweep):
         axes = dict(common)
         axes |= {key: values for key, values in own.items() if key.split(".")[1] in method}
         label = "+".join(method)
         if label in sweep.levels:
             axes["sparsity"] = sweep.levels[label]
-        axes["seed"] = sweep.seeds
+        axes["seed"] = sweep.seeds if _draws(workspace, method) else sweep.seeds[:1]
         for values in itertools.product(*axes.values()):
             yield {"method": method, **dict(zip(axes, values, strict=True))}
+
+
+def _draws(workspace: Workspace, method: list[str]) -> bool:
+    """Whether the seed can change the result: else all seeds are one run."""
+    known = workspace.choices("method")
+    kinds = [workspace.group("method", name).get("kind", name) for name in method if name in known]
+    return any("seed" in workspace.catalogue.get("method", kind).uses for kind in kinds)
+
+
+def _strays(workspace: Workspace, sweep: Sweep) -> Iterator[str]:
+    """Axes and levels of methods that are not in the grid. What the file says of a method that the command
+    line took out of the grid is no mistake."""
+    methods = _methods(sweep)
+    names, labels = {name for method in methods for name in method}, {"+".join(method) for method in methods}
+    replaced = "method" in sweep.given
+    for key in sweep.grid:
+        head, _, rest = key.partition(".")
+        name = rest.partition(".")[0]
+        if head == "method" and rest and name not in names:
+            if name not in workspace.choices("method"):
+                yield f"{key}: unknown method {name!r}{closest(name, workspace.choices('method'))}"
+            elif key in sweep.given or not replaced:
+                yield f"{key}: method {name} is not in the grid"
+    for label in sweep.levels:
+        if label not in labels and not replaced:
+            yield f"levels.{label}: no such method in the grid{closest(label, labels)}"
 
 
 def _stack(value: Any) -> list[str]:
     if isinstance(value, str):
         return value.split("+")
-    return [str(one) for one in value]
+    return [str(one) for one in value] if isinstance(value, (list, tuple)) else [str(value)]
 
 
 def _planned(run: Run, point: dict[str, Any], content: str) -> Planned:
+    """``point``: what this run has a use for; the rest of the grid's keys would be refused as unknown options."""
     words = tuple(_word(key, value) for key, value in point.items() if key != "seed" or run.seed is not None)
-    return Planned(run.run_id(content), run.sparse_model_id(content), words, str(run.model), _flat(run))
+    group = f"{run.model.label}-{hashlib.sha256(str(run.model).encode()).hexdigest()[:12]}"
+    return Planned(run.run_id(content), run.sparse_model_id(content), words, group, _flat(run))
 
 
 def _word(key: str, value: Any) -> str:
-    """``key=value`` in Hydra's grammar."""
+    """``key=value`` in Hydra's grammar, such that it is read as the same value."""
+    if isinstance(value, (list, tuple)) and key == "method" and len(value) == 1:
+        return f"{key}={value[0]}"
+    return f"{key}={_written(value)}"
+
+
+def _written(value: Any) -> str:
+    from hydra.core.override_parser.types import Quote, QuotedString
+
     if value is None:
-        return f"{key}=null"
+        return "null"
     if isinstance(value, bool):
-        return f"{key}={str(value).lower()}"
+        return str(value).lower()
     if isinstance(value, (list, tuple)):
-        return f"{key}=[{','.join(_word('', one)[1:] for one in value)}]"
-    if isinstance(value, str) and not value.replace("_", "").replace("-", "").replace(".", "").isalnum():
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"{key}='{escaped}'"
-    return f"{key}={value}"
+        return f"[{','.join(map(_written, value))}]"
+    if isinstance(value, str) and (not _PLAIN.fullmatch(value) or value.lower() in _NOT_TEXT):
+        return QuotedString(value, Quote.single).with_quotes()
+    return str(value)
 
 
 def _flat(run: Run) -> dict[str, Any]:
@@ -138,15 +202,13 @@ def _flat(run: Run) -> dict[str, Any]:
     parts += [(f"method.{part.label}", part) for part in run.methods]
     for prefix, part in parts:
         if part is not None:
-            point |= {f"{prefix}.{key}": value for key, value in part.options.items()}
+            options = {key: list(one) if isinstance(one, tuple) else one for key, one in part.options.items()}
+            point |= {f"{prefix}.{key}": value for key, value in options.items()}
     return point
 
 
-def _excluded(sweep: Sweep, point: dict[str, Any]) -> bool:
-    def fits(rule: dict[str, list[Any]]) -> bool:
-        return all(any(_same(point.get(key), one) for one in values) for key, values in rule.items())
-
-    return any(fits(rule) for rule in sweep.exclude)
+def _fits(rule: dict[str, list[Any]], point: dict[str, Any]) -> bool:
+    return all(any(_same(point.get(key), one) for one in values) for key, values in rule.items())
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -156,34 +218,62 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def keep(plan: Plan, store: Path) -> tuple[Plan, list[str], list[str]]:
-    """Writes the plan beside the records unless the newest kept one has the same runs; returns it with
-    its number, and the run ids that are new in it and that are no longer in it."""
+    """Writes the plan beside the records unless the newest kept one is the same; returns it with its
+    number, and the run ids that are new in it and that are no longer in it. UserError when the store
+    cannot be written."""
     folder = store / "plans" / plan.sweep
     kept = newest(store, plan.sweep)
-    before = kept.ids() if kept else []
-    new = [run_id for run_id in plan.ids() if run_id not in set(before)]
-    gone = [run_id for run_id in before if run_id not in set(plan.ids())]
-    if kept and not new and not gone:
+    before, now = (set(kept.ids()) if kept else set()), set(plan.ids())
+    new = [run_id for run_id in plan.ids() if run_id not in before]
+    gone = [run_id for run_id in kept.ids() if run_id not in now] if kept else []
+    # The same runs can be asked for in other words (a model that has moved): those of today count.
+    if kept and not new and not gone and {run.words for run in kept.runs} == {run.words for run in plan.runs}:
         return replace(kept, untested=plan.untested), [], []
     number = (kept.number if kept else 0) + 1
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [{"sweep": plan.sweep, "number": number, "version": __version__, "runs": len(plan.runs)}]
-    lines += [{**vars(run), "words": list(run.words)} for run in plan.runs]
-    file = folder / f"{number:04}.jsonl"
-    temporary = file.with_suffix(f".{id(plan)}.tmp")
-    temporary.write_text("\n".join(json.dumps(line) for line in lines) + "\n", encoding="utf-8")
-    temporary.rename(file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{secrets.token_hex(8)}"
+        try:
+            temporary.write_text("\n".join(_lines(plan, number)) + "\n", encoding="utf-8")
+            while True:  # another process may keep a plan at the same moment
+                try:
+                    os.link(temporary, folder / f"{number:04}.jsonl")
+                    break
+                except FileExistsError:
+                    number += 1
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"store={store}: cannot be written: {error.strerror or error}; give another folder") from None
     return replace(plan, number=number), new, gone
+
+
+def _lines(plan: Plan, number: int) -> Iterator[str]:
+    """The header, which holds what is the same for every run's point, then one line per run."""
+    common = dict(plan.runs[0].point) if plan.runs else {}
+    for run in plan.runs:
+        common = {key: value for key, value in common.items() if key in run.point and run.point[key] == value}
+    header = {"sweep": plan.sweep, "version": __version__, "runs": len(plan.runs), "number": number, "point": common}
+    yield json.dumps(header)
+    for run in plan.runs:
+        point = {key: value for key, value in run.point.items() if key not in common}
+        yield json.dumps({**vars(run), "words": list(run.words), "point": point}, separators=(",", ":"))
 
 
 def newest(store: Path, sweep: str) -> Plan | None:
     """The newest plan kept under that name, or None."""
-    files = sorted((store / "plans" / sweep).glob("*.jsonl"))
-    if not files:
+    numbers = [int(file.stem) for file in (store / "plans" / sweep).glob("*.jsonl") if file.stem.isdigit()]
+    if not numbers:
         return None
-    header, *lines = [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()]
-    runs = (Planned(**(line | {"words": tuple(line["words"])})) for line in lines)
-    return Plan(sweep, tuple(runs), int(header["number"]))
+    file = store / "plans" / sweep / f"{max(numbers):04}.jsonl"
+    with no_garbage_collection():
+        header, *lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        common = header["point"]
+        runs = tuple(
+            Planned(one["run_id"], one["sparse_model_id"], tuple(one["words"]), one["group"], common | one["point"])
+            for one in lines
+        )
+    return Plan(sweep, runs, max(numbers))
 
 
 def chunks(runs: Sequence[Planned], size: int) -> list[list[Planned]]:

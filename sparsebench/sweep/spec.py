@@ -23,18 +23,28 @@ replaces it; any other override holds for all runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sparsebench.analysis.claims import Claim, load_claims
-from sparsebench.config import Workspace, parse_values
-from sparsebench.errors import UserError, closest
+from sparsebench.config import RUN_OPTIONS, Workspace, parse_values
+from sparsebench.errors import Mistakes, UserError, closest
 from sparsebench.paths import data_folder
 
 _KEYS = "summary paper grid levels exclude baselines seeds claims".split()
+_RANGE = {"from", "to", "step"}
 _MOST_STEPS = 10_000
+# What a sweep has once, or in another way.
+_NO_AXIS = {
+    "seed": "is written `seeds:`",
+    "store": "is given on the command line: store=<folder>",
+    "format": "belongs to the verb results",
+    "force": "is not an axis; failed runs are made again by retry=failed",
+    "save": "is for one run: a sweep has many sparse models",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,11 @@ class Sweep:
     baselines: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
     claims: list[Claim] = field(default_factory=list)
-    overridden: bool = False
+    given: frozenset[str] = frozenset()  # the keys that the command line replaced or added
+
+    @property
+    def overridden(self) -> bool:
+        return bool(self.given)
 
 
 def folders(workspace: Workspace) -> list[Path]:
@@ -68,7 +82,7 @@ def names(workspace: Workspace) -> dict[str, Path]:
 
 
 def load(workspace: Workspace, name: str, overrides: Sequence[str] = ()) -> Sweep:
-    """The sweep of that name. UserError that lists everything wrong with its file."""
+    """The sweep of that name. Mistakes, a UserError, that lists everything wrong with its file."""
     known = names(workspace)
     if name not in known:
         raise UserError(f"sweep {name}: unknown sweep{closest(name, known)}")
@@ -81,55 +95,112 @@ def _composed(file: Path) -> dict[str, Any]:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     try:
         with initialize_config_dir(str(file.parent.resolve()), version_base="1.3"):
             plain = OmegaConf.to_container(compose(file.stem), resolve=True)
-    except (HydraException, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"sweep {file.stem}: {' '.join(str(error).split())}") from None
     if not isinstance(plain, dict):
         raise UserError(f"sweep {file.stem}: must be a mapping of {', '.join(_KEYS)}")
     return {str(key): value for key, value in plain.items()}
 
 
+_Read = TypeVar("_Read")
+
+
 def _typed(name: str, content: dict[str, Any]) -> Sweep:
     where = f"sweep {name}"
-    for key in content:
-        if key not in _KEYS:
-            raise UserError(f"{where}: unknown key {key}{closest(key, _KEYS)}")
-    grid = _mapping(where, "grid", content.get("grid"))
-    if not grid:
-        raise UserError(f"{where}: grid is empty")
-    exclude = content.get("exclude") or []
-    if not isinstance(exclude, list):
-        raise UserError(f"{where}: exclude must be a list of mappings")
-    levels = _mapping(where, "levels", content.get("levels"))
-    return Sweep(
+    errors = [f"unknown key {key}{closest(key, _KEYS)}" for key in content if key not in _KEYS]
+
+    def part(read: Callable[[str, Any], _Read], key: str, otherwise: _Read) -> _Read:
+        try:
+            return read(key, content.get(key))
+        except UserError as error:
+            errors.extend(str(error).split("\n"))
+            return otherwise
+
+    sweep = Sweep(
         name,
-        str(content.get("summary", "")),
-        content.get("paper"),
-        {key: axis(where, key, value) for key, value in grid.items()},
-        {key: [float(x) for x in axis(where, f"levels.{key}", value)] for key, value in levels.items()},
-        [{k: _as_list(v) for k, v in _mapping(where, "exclude", one).items()} for one in exclude],
-        [str(one) for one in _as_list(content.get("baselines") or [])],
-        [int(one) for one in axis(where, "seeds", content.get("seeds", [0]))],
-        load_claims(content.get("claims") or [], where),
+        part(_text, "summary", None) or "",
+        part(_text, "paper", None),
+        part(_grid, "grid", {}),
+        part(_levels, "levels", {}),
+        part(_rules, "exclude", []),
+        part(_names, "baselines", []),
+        part(_seeds, "seeds", [0]),
+        part(lambda key, value: load_claims(value, key), "claims", []),
     )
+    if errors:
+        raise Mistakes(f"{where}: {len(errors)} mistakes in its file", errors)
+    return sweep
 
 
-def axis(where: str, key: str, value: Any) -> list[Any]:
+def _text(key: str, value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{key}={value}: must be a text")
+    return value
+
+
+def _grid(key: str, value: Any) -> dict[str, list[Any]]:
+    grid = _flat(_mapping(key, value))
+    if not grid:
+        raise UserError(f"{key}: is empty")
+    for name in grid:
+        check_axis(name)
+    return {name: axis(name, one) for name, one in grid.items()}
+
+
+def check_axis(key: str) -> None:
+    """UserError for a key that a sweep has once, or in another way."""
+    if key in _NO_AXIS:
+        raise UserError(f"{key}: {_NO_AXIS[key]}")
+
+
+def _levels(key: str, value: Any) -> dict[str, list[float]]:
+    levels = {name: axis(f"{key}.{name}", one) for name, one in _mapping(key, value).items()}
+    return {name: [_checked("sparsity", f"{key}.{name}", x) for x in values] for name, values in levels.items()}
+
+
+def _seeds(key: str, value: Any) -> list[int]:
+    return [_checked("seed", key, one) for one in axis(key, [0] if value is None else value)]
+
+
+def _checked(option: str, key: str, value: Any) -> Any:
+    if value is None:
+        raise UserError(f"{key}: has an empty value")
+    return RUN_OPTIONS[option].check(key, value)
+
+
+def _rules(key: str, value: Any) -> list[dict[str, list[Any]]]:
+    rules = [] if value is None else value
+    if not isinstance(rules, list) or not all(isinstance(rule, dict) and rule for rule in rules):
+        raise UserError(f"{key}: must be a list of mappings, such as [{{method: magnitude, sparsity: [0.1, 0.2]}}]")
+    return [{name: _as_list(one) for name, one in _flat(rule).items()} for rule in rules]
+
+
+def _names(key: str, value: Any) -> list[str]:
+    names = [] if value is None else _as_list(value)
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"{key}={value}: must be a list of names")
+    return names
+
+
+def axis(key: str, value: Any) -> list[Any]:
     """The values of an axis: a list, a range ``{from, to, step}`` (its end included), or one value."""
     if isinstance(value, dict):
-        if set(value) != {"from", "to", "step"} or not all(isinstance(x, (int, float)) for x in value.values()):
-            raise UserError(f"{where}: {key}: a range is written {{from: 0.1, to: 0.9, step: 0.1}}")
+        bounds = list(value.values())
+        if set(value) != _RANGE or not all(type(one) in (int, float) and isfinite(one) for one in bounds):
+            raise UserError(f"{key}: a range is written {{from: 0.1, to: 0.9, step: 0.1}}")
         start, end, step = value["from"], value["to"], value["step"]
-        count = round((end - start) / step) + 1 if step else 0
-        if not 1 <= count <= _MOST_STEPS:
-            raise UserError(f"{where}: {key}: the range {value} has no values, or more than {_MOST_STEPS}")
-        return [round(start + i * step, 12) for i in range(count)]
+        steps = (end - start) / step if step else -1.0
+        if not -1e-9 <= steps < _MOST_STEPS:
+            raise UserError(f"{key}: the range {value} has no values, or more than {_MOST_STEPS}")
+        return [round(start + i * step, 12) for i in range(int(steps + 1e-9) + 1)]
     values = _as_list(value)
     if not values:
-        raise UserError(f"{where}: {key}: the axis is empty")
+        raise UserError(f"{key}: the axis is empty")
     return values
 
 
@@ -137,12 +208,10 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _mapping(where: str, key: str, value: Any) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: {key} must be a mapping")
-    return _flat(value) if key == "grid" else {str(k): v for k, v in value.items()}
+def _mapping(key: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{key}={value}: must be a mapping")
+    return {str(name): one for name, one in (value or {}).items()}
 
 
 def _flat(value: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -150,7 +219,7 @@ def _flat(value: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, inner in value.items():
         name = f"{prefix}{key}"
-        if isinstance(inner, dict) and set(inner) != {"from", "to", "step"}:
+        if isinstance(inner, dict) and not set(inner) & _RANGE:
             found |= _flat(inner, f"{name}.")
         else:
             found[name] = inner
@@ -160,11 +229,13 @@ def _flat(value: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
 def _overridden(sweep: Sweep, overrides: Sequence[str]) -> Sweep:
     """The sweep with axes replaced (and added) by the words of the command line."""
     grid, seeds, levels = dict(sweep.grid), sweep.seeds, dict(sweep.levels)
-    for key, values in parse_values(overrides).items():
+    given = parse_values(overrides)
+    for key, values in given.items():
         if key == "seed":
-            seeds = [int(value) for value in values]
+            seeds = [_checked("seed", key, value) for value in values]
         else:
+            check_axis(key)
             grid[key] = values
         if key == "sparsity":
             levels = {}
-    return replace(sweep, grid=grid, seeds=seeds, levels=levels, overridden=bool(overrides))
+    return replace(sweep, grid=grid, seeds=seeds, levels=levels, given=frozenset(given))

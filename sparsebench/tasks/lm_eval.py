@@ -35,7 +35,7 @@ _OWN = Path(__file__).parent / "harness" / "tinyworld"
 _ACCURACIES = ("acc", "exact_match")  # a task's main accuracy is the first of these that it reports
 
 
-@task(name="lm_eval", version=1, metric="acc", better="higher", gives=("prefill",))
+@task(name="lm_eval", version=1, metric="acc", better="higher", gives=("prefill", "decode"))
 @dataclass(frozen=True)
 class LmEval(Declared):
     """Accuracy on tasks of the lm-evaluation-harness."""

@@ -37,7 +37,7 @@ class Perplexity(Declared):
 
     corpus: str = option("kjv", "the text: a corpus by name (see list corpora)")
     split: str = option("test", "which split of the corpus", choices=("train", "validation", "test"))
-    file: str | None = option(None, "a local UTF-8 text file instead of a corpus")
+    file: str | None = option(None, "a local UTF-8 text file instead of a corpus", unit="file")
     dataset: str | None = option(None, "corpus=hub: name of the data set")
     subset: str | None = option(None, "corpus=hub: its configuration")
     column: str | None = option(None, "corpus=hub: its text column")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsebench.declare import Taxonomy, method
-from sparsebench.methods.weights.base import WeightMethod
+from sparsebench.methods.weights.base import Layer, WeightMethod
 
 
 @method(
@@ -31,5 +31,5 @@ from sparsebench.methods.weights.base import WeightMethod
 class Dense(WeightMethod):
     """The model as it is: the reference of every comparison."""
 
-    def asked(self, name: str) -> float | None:
+    def asked(self, layer: Layer) -> float | None:
         return 0.0

@@ -41,10 +41,12 @@ class Hessian:
         """U, the upper Cholesky factor of the damped inverse: (in, in), H^-1 = U^T U.
 
         A matrix that is not positive definite is damped more (5, 10, 100 times), recorded in
-        ``damping_used``; UserError when even that does not help.
+        ``damping_used``; UserError when even that does not help, or when an input was not finite.
         """
         if self._factor is not None and self._factor[0] == percdamp:
             return self._factor[1]
+        if not bool(torch.isfinite(self.value).all()):
+            raise UserError("method=sparsegpt: calibration gave a layer inputs that are not finite (try dtype=float32)")
         hessian = self.value.clone()
         dead = self.dead
         hessian[dead, dead] = 1

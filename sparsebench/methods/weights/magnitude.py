@@ -46,7 +46,7 @@ class Magnitude(ScorePruner):
         published = self.group == "layer" and not self.n_of_m and not self.exact_count
         return 0.01 if published else super().tolerance(layers)
 
-    def keep_layer(self, scores: Tensor) -> Tensor:
+    def keep_layer(self, scores: Tensor, level: float) -> Tensor:
         if self.exact_count:
-            return super().keep_layer(scores)
-        return masks.keep_above_threshold(scores, self.level)
+            return super().keep_layer(scores, level)
+        return masks.keep_above_threshold(scores, level)

@@ -72,23 +72,47 @@ class SparseGPT(Pruner):
                 f"method.sparsegpt.blocksize={self.blocksize}: must be a multiple of {self.n_of_m[1]} "
                 f"for pattern={self.pattern}"
             )
+        if self.wbits < 16 and self.level == 0:
+            raise UserError(f"method.sparsegpt.wbits={self.wbits}: quantises what is kept; it needs sparsity above 0")
+
+    def score(self, layer: Layer) -> Tensor:
+        hessian: Hessian = layer.statistic
+        weight = (layer.weight if layer.dense is None else layer.dense).float().masked_fill(hessian.dead, 0.0)
+        return weight**2 / hessian.factor(self.percdamp).diag() ** 2
 
     def solve(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        if self.level == 0 and self.wbits == 16:
+        level = self.level_of(layer)
+        if level == 0 and self.wbits == 16:
             return torch.ones_like(layer.weight, dtype=torch.bool), layer.weight
         hessian: Hessian = layer.statistic
+        factor = hessian.factor(self.percdamp)
+        if hessian.damping_used != self.percdamp:
+            layer.warnings.append(
+                f"Hessian not positive definite with percdamp={self.percdamp:g}, damped by {hessian.damping_used:g}"
+            )
+        if bool(hessian.dead.any()):
+            layer.warnings.append("inputs that were zero in all calibration data lost their weights")
         weight = layer.weight.float().clone()
         weight[:, hessian.dead] = 0
         grid = Grid.of(layer.weight.float(), self.wbits) if self.wbits < 16 else None
-        factor = hessian.factor(self.percdamp)
-        updated = sweep(weight, factor, self.level, self.n_of_m, self.blocksize, grid)
-        return updated != 0, updated.to(layer.weight.dtype)
+        updated = sweep(weight, factor, level, self.n_of_m, self.blocksize, grid).to(layer.weight.dtype)
+        mask = updated != 0
+        layer.surplus = max(0, int((~mask).sum()) - self.count(layer))
+        return mask, updated
+
+    def count(self, layer: Layer) -> int:
+        """The zeros that the rule asks for; ties, dead inputs and rounding to a grid may add to them."""
+        rows, columns = layer.weight.shape
+        level = self.level_of(layer)
+        if self.n_of_m:
+            return rows * (columns // self.n_of_m[1]) * (self.n_of_m[1] - self.n_of_m[0])
+        widths = (min(self.blocksize, columns - start) for start in range(0, columns, self.blocksize))
+        return sum(int(rows * width * level) + 1 for width in widths) if level else 0
 
     def tolerance(self, layers: Sequence[Layer]) -> float:
-        if self.n_of_m or self.wbits < 16:
-            return 0.02  # quantised weights may round to zero; n:m blocks may hold zeros already
-        smallest = min(layer.weight.shape[0] * min(self.blocksize, layer.weight.shape[1]) for layer in layers)
-        return 2 / smallest + 0.02
+        zeros = sum(self.count(layer) + layer.surplus for layer in layers)
+        asked = sum(self.level_of(layer) * layer.weight.numel() for layer in layers)
+        return 1e-9 + abs(zeros - asked) / sum(layer.weight.numel() for layer in layers)
 
 
 @dataclass(frozen=True)

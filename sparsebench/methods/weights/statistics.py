@@ -50,6 +50,46 @@ class InputNorm:
         return self.value.sqrt() if self.norm == "l2" else self.value
 
 
+class InputMoments:
+    """First and second moments of every input feature in float32, each sequence measured by itself,
+    so that nothing depends on how sequences are grouped into calls.
+
+    ``sums``: (in,), mean over sequences of the sum over tokens of x; ``squares``: the same of x^2;
+    ``variance``: token-weighted mean over sequences of the population variance within a sequence.
+    """
+
+    def __init__(self) -> None:
+        self.sequences, self.tokens = 0, 0
+        self._totals: Tensor = torch.zeros(())
+
+    def add(self, inputs: Tensor, sequences: int) -> None:
+        features = inputs.shape[-1]
+        x = inputs.reshape(-1, features).float()
+        # inputs that were picked token by token (experts) do not divide: they count as one sequence
+        x = x.unflatten(0, (sequences, -1)) if len(x) and len(x) % sequences == 0 else x[None]
+        if self.sequences == 0:
+            self._totals = torch.zeros(3, features, device=x.device)
+        self.sequences += sequences
+        if x.numel() == 0:
+            return
+        self.tokens += x.shape[0] * x.shape[1]
+        variance = x.var(dim=1, correction=0) * x.shape[1]
+        for one in torch.stack([x.sum(dim=1), x.square().sum(dim=1), variance], dim=1):
+            self._totals = self._totals + one
+
+    @property
+    def sums(self) -> Tensor:
+        return self._totals[0] / self.sequences
+
+    @property
+    def squares(self) -> Tensor:
+        return self._totals[1] / self.sequences
+
+    @property
+    def variance(self) -> Tensor:
+        return self._totals[2] / max(1, self.tokens)
+
+
 class Several:
     """The statistics of all methods of a stack, fed together; ``parts`` by the name of the method."""
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from sparsebench.errors import UserError
 from sparsebench.methods.base import Applied, LayerReport, Surroundings
-from sparsebench.methods.weights.base import Layer, ScorePruner, WeightMethod
+from sparsebench.methods.weights.base import BlockRun, Layer, WeightMethod
 from sparsebench.methods.weights.statistics import Several, Statistic, gathering
 from sparsebench.models.blocks import BlockInputs, capture, decoder_blocks
 
@@ -68,7 +67,9 @@ def scoped_layers(model: nn.Module, method: WeightMethod, seed: int) -> list[lis
 def check(methods: Sequence[Named], model: nn.Module) -> None:
     """UserError when a method's options do not fit the model. Changes nothing."""
     for _, method in methods:
-        method.check([layer for block in scoped_layers(model, method, 0) for layer in block])
+        layers = [layer for block in scoped_layers(model, method, 0) for layer in block]
+        method.check(layers)
+        method.check_model(model, layers)
 
 
 @torch.no_grad()
@@ -85,26 +86,30 @@ def apply(methods: Sequence[Named], around: Surroundings) -> Applied:
     ahead: dict[str, Tensor] = {}
     if selector.order == "none":
         inputs = _measure_dense(stack, blocks, layers, inputs, around)
-        if isinstance(selector, ScorePruner) and selector.group == "global":
-            ahead = selector.select_all(everything)
-    applied = Applied(tolerance=selector.tolerance(everything))
+        ahead = selector.select_all(everything)
+    applied = Applied()
     for _, method in stack.methods:
         applied.acts_on |= method.touches(model, everything)
     for index, block in enumerate(blocks):
-        run = partial(inputs.run, index, block) if inputs is not None else list
+        run = BlockRun(block, index, inputs)
         seen = {name: method.observe(run) for name, method in stack.of_stage("recover")}
         for chosen in _groups(selector, layers[index]):
             if inputs is not None and selector.order != "none":
                 _measure(stack, index, block, chosen, inputs)
             applied.layers += [_prune(stack, layer, ahead.get(layer.name)) for layer in chosen]
         for name, method in stack.of_stage("recover"):
-            method.recover(block, layers[index], seen[name], run)
+            for column, value in (method.recover(block, layers[index], seen[name], run) or {}).items():
+                applied.notes[column] = applied.notes.get(column, 0) + value
         if inputs is not None and index + 1 < len(blocks):
             inputs.hidden = inputs.run(index, block)
         around.progress(index + 1, len(blocks))
     for _, method in stack.of_stage("recover"):
         applied.notes |= method.finish(everything, around)
     _recount(applied, everything)
+    applied.tolerance = selector.tolerance(everything)
+    applied.warnings += _warnings(everything)
+    for _, method in stack.methods:
+        applied.warnings += method.remarks(model, everything)
     return applied
 
 
@@ -150,7 +155,11 @@ def _prune(stack: Stack, layer: Layer, ahead: Tensor | None) -> LayerReport:
     name, selector = stack.selector
     layer.dense = layer.weight.clone() if refiners else None
     mask, weight = (ahead, layer.weight) if ahead is not None else selector.solve(layer)
+    if refiners:
+        layer.score, layer.n_of_m = selector.score(layer), selector.n_of_m
     for other, method in refiners:
+        if not method.in_scope(layer.name):
+            continue
         layer.statistic = layer.gathered.parts.get(other) if layer.gathered is not None else None
         refined = method.refine(layer, mask)
         if layer.dense is not None and not torch.equal(refined, mask):
@@ -160,9 +169,10 @@ def _prune(stack: Stack, layer: Layer, ahead: Tensor | None) -> LayerReport:
         layer.weight.copy_(weight)
     # a -0.0 that is there already stays: no bit changes without need
     layer.weight[~mask & (layer.weight != 0)] = 0
-    layer.mask, layer.statistic, layer.gathered, layer.dense = mask, None, None, None
+    layer.mask = mask
+    layer.statistic = layer.gathered = layer.dense = layer.score = None
     pattern = str(getattr(selector, "pattern", None) or "unstructured")
-    return LayerReport(layer.name, name, mask.numel(), 0, 0, selector.asked(layer.name), pattern)
+    return LayerReport(layer.name, name, mask.numel(), 0, 0, selector.asked(layer), pattern)
 
 
 def _recount(applied: Applied, layers: Sequence[Layer]) -> None:
@@ -173,3 +183,15 @@ def _recount(applied: Applied, layers: Sequence[Layer]) -> None:
         if mask is not None:
             report.pruned = int((~mask).sum())
             report.spare = int(((weight == 0) & mask).sum())
+
+
+def _warnings(layers: Sequence[Layer]) -> list[str]:
+    """The layers' warnings, one line for all layers of the same text."""
+    found: dict[str, list[str]] = {}
+    for layer in layers:
+        for text in layer.warnings:
+            found.setdefault(text, []).append(layer.name)
+    return [
+        f"{text}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for text, names in found.items()
+    ]

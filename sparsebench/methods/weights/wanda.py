@@ -71,7 +71,7 @@ class Wanda(ScorePruner):
         return layer.weight.abs().float() * scale[None, :]
 
     def select(self, layer: Layer) -> Tensor:
-        return keep_variant(self.score(layer), self.level) if self.use_variant else super().select(layer)
+        return keep_variant(self.score(layer), self.level_of(layer)) if self.use_variant else super().select(layer)
 
     def tolerance(self, layers: Sequence[Layer]) -> float:
         # the variant's bisection may stop when its bracket is below 0.001 without reaching the level
