@@ -31,7 +31,7 @@ table: $(RUN_STAMP) ## the table of the README
 	$(PY) -m sparsebench.demo table
 
 test: $(DEV_STAMP) ## the whole test suite
-	$(PY) -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 
 lint: $(DEV_STAMP) ## ruff and mypy
 	$(PY) -m ruff check .

@@ -10,7 +10,7 @@ from pathlib import Path
 from shutil import copytree
 
 import pytest
-from conftest import Answer, Command
+from commands import Answer, Command
 
 # name -> (words, what the line must say)
 OPTIONS: dict[str, tuple[str, list[str]]] = {

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Answer, Command
+from commands import Answer, Command
 
 import sparsebench
 from sparsebench.cli import parse

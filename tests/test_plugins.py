@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TOYS, Command
+from commands import TOYS, Command
 
 TOP = Path(__file__).parents[1]
 

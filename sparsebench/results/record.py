@@ -56,6 +56,8 @@ COLUMNS: dict[str, str] = {
     "version": "version of sparsebench",
     "device": "device the run was computed on",
     "dtype": "dtype the run was computed in",
+    "job": "what the launcher or the queue calls the worker that made it; empty for a run by hand",
+    "restarts": "how often the queue had restarted that job",
     "host": "host the run's process ran on",
     "pid": "process id on that host",
     "pid_start": "when that process started (clock ticks @ boot), to tell it from a later one with its pid",

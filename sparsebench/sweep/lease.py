@@ -83,7 +83,7 @@ class Leases:
     def _newest(self, folder: Path) -> int:
         try:
             return max((int(name) for name in os.listdir(folder) if name.isdigit()), default=0)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return 0
 
     def _owner(self, file: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from one_machine import OneMachine
+from one_machine import OneMachine, missing
 
 from sparsebench.cli import main
 from sparsebench.results.store import Store
@@ -66,6 +66,26 @@ class Dies(ScorePruner):
     def score(self, layer):
         os.kill(os.getpid(), signal.SIGKILL)
 '''
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[OneMachine]:
+    """A real Slurm on this machine for the whole session, or a skip that says why not."""
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    pytest.importorskip("submitit", reason="submitit is not installed")
+    cluster = OneMachine()
+    before = os.environ.get("SLURM_CONF")
+    try:
+        cluster.up()
+        os.environ["SLURM_CONF"] = str(cluster.conf)
+        yield cluster
+    finally:
+        os.environ.pop("SLURM_CONF", None)
+        if before is not None:
+            os.environ["SLURM_CONF"] = before
+        cluster.down()
 
 
 @pytest.fixture(scope="module")

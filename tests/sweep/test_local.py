@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from sparsebench.cli import main
 from sparsebench.results.store import Store
 from sparsebench.sweep import plan as plans
 from sparsebench.sweep.chunk import Chunk
@@ -37,7 +38,7 @@ FAILS, DIES_ONCE, DIES = 0.1, 0.2, 0.3
 class Experiment:
     """Makes no sparse model and no scores; begins and ends records as the real one does."""
 
-    def __init__(self, workspace, store, *_):
+    def __init__(self, workspace, store, *_, **__):
         self.workspace, self.store = workspace, store
 
     def run(self, run):
@@ -156,10 +157,8 @@ def test_a_sweep_with_failing_and_dying_runs_ends_as_it_must(machine: Machine) -
     assert code == 1, err
     assert by_level(machine) == EXPECTED
     assert set(ends(machine, "ok", "failed").values()) == {1}
-    failed, lost = (
-        next(line for line in machine.lines() if line["status"] == status and line["sparsity"] == level)
-        for status, level in (("failed", 0.1), ("lost", 0.3))
-    )
+    records = {record["sparsity"]: record for record in Store(machine.store).records()}
+    failed, lost = records[0.1], records[0.3]
     assert sum(line["run_id"] == lost["run_id"] and line["status"] == "lost" for line in machine.lines()) == 2
     assert "toy: 18 runs: 16 ok, 1 failed, 1 lost" in out
     assert f"{failed['run_id'][:8]} failed: ValueError: no such luck" in out
@@ -286,7 +285,9 @@ class Broken(ScorePruner):
 
 
 @pytest.mark.slow
-def test_real_runs_give_the_same_records_as_inline(machine: Machine, small: list[str]) -> None:
+def test_real_runs_give_the_same_records_as_inline(
+    machine: Machine, small: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     (machine.folder / "site" / "sitecustomize.py").unlink()
     mine = machine.folder / "mine"
     (mine / "deadly.py").write_text(DEADLY, encoding="utf-8")
@@ -298,8 +299,9 @@ def test_real_runs_give_the_same_records_as_inline(machine: Machine, small: list
     code, out, err = machine.sweep("cluster.workers=1")
     assert code == 1, err
     assert "4 runs: 3 ok, 1 failed" in out, out + err
-    code, out, err = machine.sweep("cluster=inline", f"store={machine.folder / 'other'}")
-    assert code == 1, err
+    words = ["sweep", "toy", "--config-dir", str(mine), "cluster=inline", f"store={machine.folder / 'other'}"]
+    assert main(words) == 1
+    assert "4 runs: 3 ok, 1 failed" in capsys.readouterr().out
     here, there = (
         {record["method"]: record for record in Store(folder).records()}
         for folder in (machine.store, machine.folder / "other")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import sweep_world as world
-from conftest import Command
+from commands import Command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
