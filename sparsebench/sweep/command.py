@@ -112,7 +112,7 @@ def run(workspace: Workspace, name: str, words: Sequence[str], default_store: Pa
     with _Display(name) as display:
         engine = Engine(plan, store, launcher, request.options, workspace.config_dir, redo, display.look)
         counts = engine.run()
-    print(_summary(name, plan, engine.tail, counts))
+    print(_summary(name, plan, engine.tail, counts, _again(store.folder, workspace.config_dir)))
     return 0 if counts["ok"] == len(plan.runs) else 1
 
 
@@ -157,7 +157,7 @@ def status(name: str, store: Path) -> int:
     tail = Tail(store)
     tail.look()
     counts = Counter(tail.status(run_id) or "pending" for run_id in plan.ids())
-    print(_summary(name, plan, tail, counts))
+    print(_summary(name, plan, tail, counts, _again(store, None)))
     queued = slurm.described(store, name)
     if queued:
         print(queued)
@@ -228,7 +228,13 @@ def _described(plan: plans.Plan, tail: Tail, request: Request) -> str:
     return "\n".join(lines)
 
 
-def _summary(name: str, plan: plans.Plan, tail: Tail, counts: Counter[str]) -> str:
+def _again(store: Path, config_dir: Path | None) -> list[str]:
+    """The words behind a run's own that make it again in the same store."""
+    return ["force=true", f"store={store}", *(["--config-dir", str(config_dir)] if config_dir else [])]
+
+
+def _summary(name: str, plan: plans.Plan, tail: Tail, counts: Counter[str], again: list[str]) -> str:
+    """Counts in all and by method, and for what failed or was lost why, and the command that makes it again."""
     lines = [f"{name}: {len(plan.runs)} runs: " + ", ".join(f"{counts[s]} {s}" for s in _ORDER if counts[s])]
     states = {run.run_id: tail.status(run.run_id) or "pending" for run in plan.runs}
     methods: dict[str, Counter[str]] = {}
@@ -239,7 +245,7 @@ def _summary(name: str, plan: plans.Plan, tail: Tail, counts: Counter[str]) -> s
     for run in plan.runs:
         if states[run.run_id] in ("failed", "lost"):
             lines.append(f"  {run.run_id[:8]} {states[run.run_id]}: {tail.best[run.run_id].get('error')}")
-            lines.append(f"           python -m sparsebench {shlex.join(run.words)} force=true")
+            lines.append(f"           python -m sparsebench {shlex.join([*run.words, *again])}")
     return "\n".join(lines)
 
 

@@ -240,14 +240,13 @@ def test_every_value_is_written_so_that_it_is_read_back(value: Any) -> None:
 
 def whole(point: dict[str, Any]) -> dict[str, Any]:
     """The groups as Hydra composes them from the choices and values of one point, in one go."""
-    from hydra import compose, initialize_config_dir
+    from hydra import compose
     from omegaconf import OmegaConf
 
     words = [f"method=[{','.join(point['method'])}]", *(f"{group}={point[group]}" for group in ("model", "task"))]
     words.append(f"+calibration={point['calibration']}")
     words += [f"++{plans._word(key, value)}" for key, value in point.items() if "." in key]
-    with initialize_config_dir(str(data_folder("conf")), version_base="1.3"):
-        plain = OmegaConf.to_container(compose("config", overrides=words), resolve=True)
+    plain = OmegaConf.to_container(compose("config", overrides=words), resolve=True)
     assert isinstance(plain, dict)
     return plain
 
@@ -288,12 +287,14 @@ def random_point(dice: random.Random) -> dict[str, Any]:
 
 
 def test_composed_once_equals_composed_whole_on_200_random_runs() -> None:
+    from hydra import initialize_config_dir
+
     dice = random.Random(0)
-    values = 0
-    for _ in range(200):
-        point = random_point(dice)
-        run = resolve(WORKSPACE, point, Unused())
-        composed = whole(point)
+    found = [random_point(dice) for _ in range(200)]
+    resolved = [resolve(WORKSPACE, point, Unused()) for point in found]
+    with initialize_config_dir(str(data_folder("conf")), version_base="1.3"):
+        wholes = [whole(point) for point in found]
+    for run, composed in zip(resolved, wholes, strict=True):
         parts: list[tuple[Part | None, Any]] = [(run.model, composed["model"]), (run.task, composed["task"])]
         parts += [(run.calibration, composed["calibration"])]
         parts += [(part, composed["method"][part.label]) for part in run.methods]
@@ -308,8 +309,7 @@ def test_composed_once_equals_composed_whole_on_200_random_runs() -> None:
             for key, value in expected.items():
                 if key not in ("sparsity", "pattern"):  # these follow the run's where they are not set
                     assert part.options[key] == declared[key].check(key, value), (part.label, key)
-        values += sum("." in key for key in point)
-    assert values > 200
+    assert sum("." in key for point in found for key in point) > 200
     assert set(RUN_OPTIONS) >= {"sparsity", "pattern", "seed"}
 
 
