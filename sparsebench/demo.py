@@ -74,7 +74,8 @@ def markdown(records: Sequence[Record]) -> str:
 
 
 def _value(record: Record) -> str:
-    return f"{record['perplexity']:.4g} ± {record['perplexity_stderr']:.2g}"
+    value, error = record["perplexity"], record["perplexity_stderr"]
+    return f"{value:.2f} ± {error:.2f}" if value < 100 else f"{value:.0f} ± {error:.0f}"
 
 
 def plot(records: Sequence[Record], file: Path) -> None:
@@ -82,14 +83,14 @@ def plot(records: Sequence[Record], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = pyplot.subplots(1, 2, figsize=(8.2, 3.6), sharey=True, layout="constrained")
     for axis, (panel, methods) in zip(axes, panels(records).items(), strict=True):
         dense = methods["dense"][0]["perplexity"]
         axis.axhline(dense, color=COLOURS["dense"], linestyle="--", linewidth=1)
-        axis.annotate(f"dense {dense:.3g}", (0.01, dense), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+        axis.annotate(f"dense {dense:.3g}", (0.01, dense), xycoords=("axes fraction", "data"), va="top", fontsize=8)
         for method, group in methods.items():
             if method == "dense":
                 continue
@@ -99,8 +100,8 @@ def plot(records: Sequence[Record], file: Path) -> None:
             style = {"color": COLOURS[method], "marker": MARKERS[method], "markersize": 4, "linewidth": 1.4}
             axis.errorbar(x, y, yerr=error, label=method, capsize=2, **style)
         axis.set(title=f"{MODEL} {panel}", xlabel="achieved sparsity of the linear layers", yscale="log")
-        axis.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-        axis.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
+        axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+        axis.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes[0].set_ylabel("perplexity on held-out kjv (lower is better)")
     axes[0].legend(frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -71,6 +71,6 @@ def test_the_demo_draws_and_tabulates(tmp_path):
     ]
     text = demo.markdown(records)
     assert text.count("| method | 0.3 | 0.5 |") == 2
-    assert "| wanda | 10.9 ± 0.1 | 12.5 ± 0.1 |" in text
+    assert "| wanda | 10.90 ± 0.10 | 12.50 ± 0.10 |" in text
     demo.plot(records, tmp_path / "plots" / "demo.png")
     assert (tmp_path / "plots" / "demo.png").read_bytes().startswith(b"\x89PNG")

@@ -34,8 +34,8 @@ def page() -> str:
     finals = {name: logged(name)[-1] for name in shipped}
     lines = [_HEAD, "## Shapes and training", ""]
     lines += [
-        "| model | hidden | layers | heads | MLP | steps | tokens | AdamW rate | Muon rate |",
-        "|---|" + "---|" * 8,
+        "| model | hidden | layers | heads | MLP | steps | tokens | AdamW rate | Muon rate | length by share of steps |",
+        "|---|" + "---|" * 9,
     ]
     for name in shipped:
         rung, tokens = RUNGS[name], finals[name]["tokens"]
@@ -65,7 +65,7 @@ def _recipe() -> str:
         "(`sparsebench/models/tokenizer.py`). One trainer (`sparsebench/trainer.py`): each step 8,192 tokens, 45% kjv "
         "(windows at random places of the training chapters) and 55% tinyworld (rows packed with documents of every "
         f"length that fits; percent of documents: {shares}). A tinyworld token that is not part of an answer weighs "
-        f"{OTHER_TOKENS:g}. Sequence length rises by share of the steps. Muon for the blocks' matrices, "
+        f"{OTHER_TOKENS:g}. Sequence length rises with the steps (table above). Muon for the blocks' matrices, "
         "AdamW for the rest, weight decay 0.1, 2% warm-up, the last 40% of the steps decaying linearly to zero, "
         "gradients clipped at 1, "
         "forward in bfloat16. Many questions per training document and long copies are what makes induction "
