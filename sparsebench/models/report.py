@@ -34,7 +34,7 @@ def page() -> str:
     finals = {name: logged(name)[-1] for name in shipped}
     lines = [_HEAD, "## Shapes and training", ""]
     lines += [
-        "| model | hidden | layers | heads | MLP | steps | tokens | AdamW rate | Muon rate | length by share of steps |",
+        "| model | hidden | layers | heads | MLP | steps | tokens | AdamW | Muon | length by share of steps |",
         "|---|" + "---|" * 9,
     ]
     for name in shipped:
