@@ -47,9 +47,13 @@ def test_columns_that_the_readme_names_exist():
 
 
 @pytest.mark.parametrize("line", re.findall(r"^python -m sparsebench (.*?)(?:\s+#.*)?$", README, re.MULTILINE))
-def test_commands_of_the_readme_are_valid(line):
+def test_commands_of_the_readme_are_valid(line, tmp_path, monkeypatch):
     """Verbs and options exist; whether the model can be fetched is not asked here."""
     import shlex
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("my.txt", "held_out.txt"):
+        (tmp_path / name).write_text("In the beginning.\n", encoding="utf-8")
 
     from sparsebench.config import Workspace, runs
 

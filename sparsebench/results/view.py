@@ -7,6 +7,7 @@ import io
 import json
 import math
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from sparsebench.results.record import COLUMNS, SCORES, column_order
 
 FORMATS = ("table", "csv", "json", "parquet")
 _IDS = ("run_id", "sparse_model_id")
+_UNLIMITED = 10_000  # columns
 _SHORT = 8  # characters of an id on the terminal
 _TOLERANCE = 1e-9  # of a number in a filter
 
@@ -111,26 +113,30 @@ def _terminal(records: Sequence[Record]) -> str:
     metrics = {_text(record.get("metric")) for record in records} - {""}
     score = metrics.pop() if len(metrics) == 1 else ""  # one metric heads its column, several stand in the cells
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    grid.add_column("run_id", no_wrap=True)
-    for heading in ("method", "model", "task"):
+    for heading in ("run_id", "method"):
+        grid.add_column(heading, no_wrap=True)
+    for heading in ("model", "task"):
         grid.add_column(heading, overflow="fold")
     for heading in ("sparsity", "achieved"):
         grid.add_column(heading, justify="right", no_wrap=True)
-    grid.add_column(score or "score", justify="right", overflow="fold")
-    for heading in ("status", "flag"):
+    grid.add_column(score or "score", justify="right", no_wrap=True)
+    flags = any(record.get("flagged") for record in records)
+    for heading in ("status", "flag") if flags else ("status",):
         grid.add_column(heading, no_wrap=True)
     for record in records:
         grid.add_row(
             _text(record.get("run_id"))[:_SHORT],
-            *(_text(record.get(column)) for column in ("method", "model", "task")),
+            _text(record.get("method")),
+            _text(record.get("model")) + (" outliers" if record.get("model.outliers") else ""),
+            _text(record.get("task")),
             _level(record),
             _number(record.get("achieved"), ".4f"),
             _score(record, named=not score),
             _text(record.get("status")),
-            "flagged" if record.get("flagged") else "",
+            *(["flagged" if record.get("flagged") else ""] if flags else []),
         )
     # Into a file or a pipe the table takes the width it needs.
-    width = shutil.get_terminal_size((10_000, 24)).columns
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _UNLIMITED
     console = Console(file=io.StringIO(), width=width, markup=False, emoji=False, highlight=False, color_system=None)
     with console.capture() as capture:
         console.print(grid)

@@ -98,7 +98,7 @@ def test_one_metric_heads_its_column(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     text = table([WANDA], format="table")
     assert isinstance(text, str)
-    assert text.splitlines()[0].split()[-4:] == ["achieved", "perplexity", "status", "flag"]
+    assert text.splitlines()[0].split()[-4:] == ["sparsity", "achieved", "perplexity", "status"]
     assert "3.3333 ± 0.012" in text and text.count("perplexity") == 2  # the task's name, and the heading
 
 
