@@ -1,4 +1,4 @@
-"""What is checked on every sparse model before its scores count (section E of the handbook sheet).
+"""What is checked on every sparse model before its scores count (after section E of the handbook of Liu and Wang 2023).
 
 An audit that fails makes the run ``failed``; a finding that only deserves a look is a warning.
 """

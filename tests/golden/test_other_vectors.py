@@ -22,7 +22,7 @@ def run_golden(folder, *options):
 
 
 def smallest(scores, setting, whole_matrix):
-    """The sheets' rules in plain loops over (out, in) scores; True = pruned."""
+    """The rules in plain loops over (out, in) scores; True = pruned."""
     pruned = np.zeros(scores.shape, dtype=bool)
     if setting.startswith("s"):
         level = float(setting[1:])

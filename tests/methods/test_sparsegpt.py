@@ -44,7 +44,7 @@ def gathered(inputs, kind=Hessian):
 
 
 def naive(weight, hessian, method):
-    """The sheet's pseudo-code, one row and column at a time, in float64."""
+    """The pseudo-code of the released code, one row and column at a time, in float64."""
     weight, hessian = weight.double().clone(), hessian.double().clone()
     rows, columns = weight.shape
     dead = hessian.diag() == 0
