@@ -23,6 +23,7 @@ import ast
 import keyword
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -49,20 +50,20 @@ _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3}
 _ATOM = 4
 
 
-class Expression:
+class Expression(ABC):
     """One node of a parsed side, and all below it. ``str`` gives text that parses to an equal expression."""
 
+    @abstractmethod
     def leaves(self) -> Iterator[Number | Call | Reference]:
         """Numbers, record calls and references, from left to right."""
-        raise NotImplementedError
 
+    @abstractmethod
     def evaluate(self, lookup: Callable[[Call | Reference], float]) -> float:
         """The value, with ``lookup`` asked for every record call and reference (in the unit of its kind).
 
         Arithmetic is Python's own: ZeroDivisionError for a division by 0, ValueError for the log of a
         number that is not positive, OverflowError where a float cannot hold the result.
         """
-        raise NotImplementedError
 
     def calls(self) -> list[Call]:
         """The record calls from left to right, repeated ones too."""
