@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsebench import __version__
 from sparsebench.errors import Mistakes, UserError, closest
+from sparsebench.run import store_folder
 
 if TYPE_CHECKING:
     from sparsebench.run import Run
@@ -139,7 +140,7 @@ def _run(arguments: Arguments) -> int:
     runs = config.runs(workspace, arguments.overrides, sweep=arguments.grid)
     _check_shared(runs)
     options = runs[0].options
-    store = Store(_store_folder(options.store))
+    store = Store(store_folder(options.store))
     store.check_writable()
     records: list[dict[str, Any]] = []
     with Reporter(len(runs)) as reporter:
@@ -200,10 +201,10 @@ def _sweep(arguments: Arguments) -> int:
     if arguments.detach:
         words = ["sweep", name, *arguments.overrides]
         words += ["--config-dir", str(arguments.config_dir)] if arguments.config_dir else []
-        store = command.Request.of(arguments.overrides, _store_folder(None), workspace.config_dir).store
-        code = command.run(workspace, name, arguments.overrides, _store_folder(None), only_plan=True)
+        store = command.Request.of(arguments.overrides, store_folder(None), workspace.config_dir).store
+        code = command.run(workspace, name, arguments.overrides, store_folder(None), only_plan=True)
         return code or command.detach(words, name, store)
-    return command.run(workspace, name, arguments.overrides, _store_folder(None), only_plan=arguments.plan)
+    return command.run(workspace, name, arguments.overrides, store_folder(None), only_plan=arguments.plan)
 
 
 def _on_store(arguments: Arguments) -> int:
@@ -211,8 +212,8 @@ def _on_store(arguments: Arguments) -> int:
     from sparsebench.sweep import command
 
     name = _one_name(arguments, "a run id" if arguments.verb == "logs" else "a sweep")
-    words = dict(word.split("=", 1) for word in arguments.overrides)
-    store = _store_folder(words.pop("store", None))
+    words = _settings(arguments)
+    store = store_folder(words.pop("store", None))
     if words:
         raise UserError(f"{arguments.verb}: takes only store=<folder>, not {' '.join(arguments.overrides)}")
     verbs = {"status": command.status, "cancel": command.cancel, "logs": command.logs}
@@ -229,9 +230,9 @@ def _results(arguments: Arguments) -> int:
     from sparsebench.results import view
     from sparsebench.results.store import Store
 
-    words = dict(word.split("=", 1) for word in arguments.overrides)
+    words = _settings(arguments)
     format = words.pop("format", "table")
-    folder = _store_folder(words.pop("store", None))
+    folder = store_folder(words.pop("store", None))
     if not folder.is_dir():
         raise UserError(f"store={folder}: there is no store yet; run something first, or name another folder")
     store = Store(folder)
@@ -267,24 +268,21 @@ def _show(arguments: Arguments) -> int:
 def _doctor(arguments: Arguments) -> int:
     from sparsebench import doctor
 
-    _print(doctor.report(_store_folder(None), _only_format(arguments)))
+    _print(doctor.report(store_folder(None), _only_format(arguments)))
     return DONE
 
 
 def _only_format(arguments: Arguments) -> str:
-    words = dict(word.split("=", 1) for word in arguments.overrides)
+    words = _settings(arguments)
     format = words.pop("format", "table")
     if words or format not in ("table", "json"):
         raise UserError(f"{arguments.verb}: takes format=table or format=json, not {' '.join(arguments.overrides)}")
     return format
 
 
-def _store_folder(given: str | None) -> Path:
-    from sparsebench.run import DEFAULT_STORE
-
-    if given in (None, DEFAULT_STORE):
-        given = os.environ.get("SPARSEBENCH_STORE") or DEFAULT_STORE
-    return Path(str(given)).expanduser()
+def _settings(arguments: Arguments) -> dict[str, str]:
+    """The key=value words of verbs that take no overrides."""
+    return dict(word.split("=", 1) for word in arguments.overrides)
 
 
 def _print(output: str | bytes) -> None:

@@ -6,7 +6,6 @@ import platform
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from sparsebench import __version__
 from sparsebench.errors import UserError
 from sparsebench.run import Run
 
@@ -28,7 +27,6 @@ def identity(run: Run, model_id: str) -> dict[str, Any]:
         "seed": run.seed,
         **{f"model.{key}": value for key, value in run.model.changed.items() if key in ("outliers", "outliers_sigma")},
         **{f"task.{key}": value for key, value in run.task.changed.items() if isinstance(value, (str, int, float))},
-        "version": __version__,
         "platform": platform.platform(terse=True),
     }
 
@@ -66,8 +64,8 @@ def costs(sparse: SparseModel, outcome: Outcome) -> dict[str, Any]:
         shape = flops.shape_of(model)
         stored = storage.weight_bytes(model)
     except UserError as error:
-        sparse.warnings.append(f"costs not counted: {error}")
-        return {"warnings": "; ".join(sparse.warnings)}
+        # not added to the sparse model's own warnings: its other tasks share them
+        return {"warnings": "; ".join([*sparse.warnings, f"costs not counted: {error}"])}
     return {
         "cost_length": length,
         "flops_prefill": flops.prefill(shape, length) / length,

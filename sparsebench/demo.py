@@ -4,7 +4,6 @@ with outlier features, as a table and a plot. Everything goes through the store,
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from sparsebench.config import Workspace, runs
 from sparsebench.experiment import Experiment
 from sparsebench.results.store import Store
-from sparsebench.run import DEFAULT_STORE
+from sparsebench.run import store_folder
 from sparsebench.terminal import Reporter
 
 Record = dict[str, Any]
@@ -113,7 +112,7 @@ def main(arguments: Sequence[str]) -> int:
     """``demo`` (default) or ``table``; the plot and the CSV go to the folder ``demo/``."""
     from sparsebench.results.view import table
 
-    store = Store(Path(os.environ.get("SPARSEBENCH_STORE") or DEFAULT_STORE))
+    store = Store(store_folder())
     store.check_writable()
     methods, levels = TABLE if "table" in arguments else DEMO
     records = trade_off(methods, levels, store)

@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from sparsebench.declare import Declared, option
 
 DEFAULT_STORE = "sparsebench-store"
+
+
+def store_folder(given: str | None = None) -> Path:
+    """The store's folder: what was given, else the variable SPARSEBENCH_STORE, else the default."""
+    if given in (None, DEFAULT_STORE):
+        given = os.environ.get("SPARSEBENCH_STORE") or DEFAULT_STORE
+    return Path(str(given)).expanduser()
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsebench.corpora import kjv, tinyworld
+from sparsebench.models.embedded import HOME
 from sparsebench.trainer import Batch, TrainConfig, Trainer
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 CONTEXT = 1024
-HOME = Path(__file__).parent / "weights"
 LENGTHS = ((0.10, 64), (0.22, 128), (0.45, 256), (0.80, 512), (1.0, 1024))
 
 

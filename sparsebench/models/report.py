@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsebench.corpora import tinyworld
-from sparsebench.models.ladder import HOME, OTHER_TOKENS, RUNGS, TASK_SHARES
+from sparsebench.models.embedded import HOME
+from sparsebench.models.ladder import OTHER_TOKENS, RUNGS, TASK_SHARES
 
 _HEAD = """\
 # The tiny ladder
