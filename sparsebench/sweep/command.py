@@ -124,12 +124,15 @@ def _launcher(request: Request, store: Path, plan: plans.Plan) -> Launcher:
     if request.launcher == "slurm":
         launcher = slurm.Slurm.of(store, plan.sweep, request.options)
     planned = set(plan.ids())
-    foreign = [job for job, run_ids in launcher.attach().items() if not planned.issuperset(run_ids)]
+    earlier = launcher.attach()
+    foreign = [job for job, run_ids in earlier.items() if not planned.issuperset(run_ids)]
     if foreign:
         raise UserError(
             f"sweep {plan.sweep}: {len(foreign)} jobs of its plan before, another grid, are still alive "
             f"({foreign[0]} ...): wait for them, or `cancel {plan.sweep}`"
         )
+    if earlier:
+        _say(f"sweep {plan.sweep}: {len(earlier)} jobs that were started earlier are still at work and are counted in")
     return launcher
 
 

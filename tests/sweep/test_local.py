@@ -186,6 +186,8 @@ def test_killed_and_interrupted_launchers_leave_workers_that_the_next_one_finds(
     alive = workers(machine.jobs)
     assert len(alive) == 2, "the workers outlive their launcher"
     interrupted = machine.start(*words, NAP="0.3")
+    assert interrupted.stderr is not None
+    assert "2 jobs that were started earlier are still at work" in interrupted.stderr.readline()
     machine.wait_for(4)
     assert set(workers(machine.jobs)) == set(alive), "no third worker: the pool is bounded across launchers"
     interrupted.send_signal(signal.SIGINT)
