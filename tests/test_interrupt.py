@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,12 @@ sys.exit(main())
 def test_an_interrupt_while_code_is_executed_from_text_is_still_exit_code_3(tmp_path: Path) -> None:
     file = tmp_path / "interrupted.py"
     file.write_text(CODE)
-    ended = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, str(file)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(TOP)},
+    )
     assert ended.returncode == 3, ended.stderr
     assert "interrupted; what was finished is in the store" in ended.stderr
