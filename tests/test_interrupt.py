@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+TOP = Path(__file__).parents[1]
+
 CODE = """
 import sys
 
