@@ -23,13 +23,13 @@ sys.exit(main())
 
 
 def test_an_interrupt_while_code_is_executed_from_text_is_still_exit_code_3(tmp_path: Path) -> None:
-    file = tmp_path / "interrupted.py"
-    file.write_text(CODE)
+    (tmp_path / "interrupted.py").write_text(CODE)
     ended = subprocess.run(
-        [sys.executable, str(file)],
+        [sys.executable, "-m", "interrupted"],
         capture_output=True,
         text=True,
         timeout=60,
+        cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(TOP)},
     )
     assert ended.returncode == 3, ended.stderr
