@@ -37,6 +37,7 @@ sparsebench {version}: how much quality is lost, how much cost is saved, when a 
   python -m sparsebench logs <run id>               error, traceback and worker log of a run
   python -m sparsebench list [methods|models|tasks|corpora|sweeps]
   python -m sparsebench show <name>                 every option of a method, task, model, corpus, or `run`
+  python -m sparsebench bench <name> [key=value ..] measures speed side by side (`bench` alone lists what)
   python -m sparsebench doctor                      versions, devices, what is available and why not
 
   -m            several values per key make a grid
@@ -272,6 +273,13 @@ def _doctor(arguments: Arguments) -> int:
     return DONE
 
 
+def _bench(arguments: Arguments) -> int:
+    from sparsebench.bench import command
+
+    _print(command.run(arguments.names, _settings(arguments)))
+    return DONE
+
+
 def _only_format(arguments: Arguments) -> str:
     words = _settings(arguments)
     format = words.pop("format", "table")
@@ -301,5 +309,6 @@ VERBS: dict[str, Callable[[Arguments], int]] = {
     "results": _results,
     "list": _list,
     "show": _show,
+    "bench": _bench,
     "doctor": _doctor,
 }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
+from functools import reduce
 from math import isfinite
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 from sparsebench.errors import UserError
@@ -11,7 +14,10 @@ from sparsebench.run import Run
 
 if TYPE_CHECKING:
     from sparsebench.making import SparseModel
+    from sparsebench.methods.base import Attachment, Counted
     from sparsebench.tasks.base import Outcome
+
+    Uses = Sequence[tuple[Attachment, Counted]]
 
 
 def identity(run: Run, model_id: str) -> dict[str, Any]:
@@ -31,19 +37,39 @@ def identity(run: Run, model_id: str) -> dict[str, Any]:
     }
 
 
-def sparsity(sparse: SparseModel) -> dict[str, Any]:
-    """What was counted and checked on the sparse model."""
+def made(sparse: SparseModel) -> dict[str, Any]:
+    """What is known once the sparse model was made."""
     return {
-        "achieved": sparse.achieved.scope,
-        "achieved_model": sparse.achieved.model,
-        "flagged": sparse.achieved.missed,
-        "warnings": "; ".join(sparse.warnings) or None,
         "audits_failed": ", ".join(check.name for check in sparse.audits if not check.held) or None,
         "seconds_sparsify": sparse.seconds,
         "device": str(sparse.loaded.device),
         "dtype": str(sparse.loaded.model.dtype).removeprefix("torch."),
         **sparse.applied.notes,
     }
+
+
+def sparsity(sparse: SparseModel, counted: Uses) -> dict[str, Any]:
+    """What was counted on the sparse model and while it ran. A stack over several targets has ``achieved`` of
+    its first one and a column for each."""
+    weights = sparse.achieved
+    found = [("weights", weights.scope)] if sparse.applied.layers or not counted else []
+    found += [(attachment.target, use.achieved) for attachment, use in counted]
+    missed = [(a, use) for a, use in counted if a.asked is not None and abs(use.achieved - a.asked) > a.tolerance]
+    warnings = [*sparse.warnings, *(text for _, use in counted for text in use.warnings)]
+    warnings += [f"{a.method}: asked sparsity {a.asked:.6g}, achieved {use.achieved:.6g}" for a, use in missed]
+    return {
+        "achieved": found[0][1],
+        "achieved_model": weights.model,
+        "flagged": weights.missed or bool(missed),
+        "warnings": "; ".join(warnings) or None,
+        **({f"achieved_{target}": value for target, value in found} if len(found) > 1 else {}),
+        **{key: value for _, use in counted for key, value in use.columns.items()},
+    }
+
+
+def layers(sparse: SparseModel, counted: Uses) -> list[dict[str, object]]:
+    """The per-layer table: weights, then what was skipped while the model ran."""
+    return [*sparse.achieved.layers, *(row for _, use in counted for row in use.rows)]
 
 
 def scores(metric: str, outcome: Outcome) -> dict[str, Any]:
@@ -54,35 +80,47 @@ def scores(metric: str, outcome: Outcome) -> dict[str, Any]:
     return fields | outcome.notes
 
 
-def costs(sparse: SparseModel, outcome: Outcome) -> dict[str, Any]:
+def costs(sparse: SparseModel, outcome: Outcome, counted: Uses) -> dict[str, Any]:
     """Operations and bytes; a model that cannot be counted leaves the columns empty and a warning."""
     from sparsebench.costs import flops, storage
+    from sparsebench.costs.saving import NO_SAVING
 
     model = sparse.loaded.model
     length = int(outcome.notes.get("context") or outcome.notes.get("length") or min(sparse.loaded.context, 512))
+    saving = reduce(mul, (use.saving for _, use in counted), NO_SAVING)
     try:
         shape = flops.shape_of(model)
         stored = storage.weight_bytes(model)
     except UserError as error:
         # not added to the sparse model's own warnings: its other tasks share them
-        return {"warnings": "; ".join([*sparse.warnings, f"costs not counted: {error}"])}
+        warnings = [*sparse.warnings, *(text for _, use in counted for text in use.warnings)]
+        return {"warnings": "; ".join([*warnings, f"costs not counted: {error}"])}
+    kv = storage.kv_bytes_per_token(model)
     return {
         "cost_length": length,
-        "flops_prefill": flops.prefill(shape, length) / length,
+        "flops_prefill": flops.prefill(shape, length, saving=saving) / length,
         "flops_prefill_dense": flops.prefill(shape, length, dense=True) / length,
-        "flops_decode": flops.decode(shape, length),
+        "flops_decode": flops.decode(shape, length, saving=saving),
         "flops_decode_dense": flops.decode(shape, length, dense=True),
         "bytes_weights": stored.sparse,
         "bytes_weights_dense": stored.dense,
         "bytes_format": stored.format,
-        "kv_bytes_per_token": storage.kv_bytes_per_token(model),
+        "kv_bytes_per_token": kv * saving.kv_stored,
+        "kv_bytes_per_token_dense": kv,
+        "bytes_decode": stored.read(saving) + kv * saving.kv_read * length,
+        "bytes_decode_dense": stored.dense + kv * length,
         "latency": "simulated",
     }
 
 
-def problem(sparse: SparseModel, outcome: Outcome) -> str | None:
+def problem(sparse: SparseModel, outcome: Outcome, counted: Uses) -> str | None:
     """Why the run must not count as ok, or None."""
     failed = [f"{check.name} ({check.detail})" for check in sparse.audits if not check.held]
+    for attachment, use in counted:
+        if not use.acted:
+            failed.append(f"acted ({attachment.method}: nothing that it acts on ran in this task)")
+        elif attachment.asked and use.achieved <= 0:
+            failed.append(f"acted ({attachment.method}: asked {attachment.asked:g}, achieved {use.achieved:g})")
     if failed:
         return f"audit failed: {'; '.join(failed)}"
     wrong = [f"{name} = {score.value}" for name, score in outcome.scores.items() if not isfinite(score.value)]

@@ -66,15 +66,18 @@ class Experiment:
         try:
             with Peak(fitting.loaded.device) as peak:
                 sparse = fitting.make(self.progress)
-                fields |= columns.sparsity(sparse)
-                rows["layers"] = sparse.achieved.layers
+                fields |= columns.made(sparse)
                 evaluated = self.clock()
-                outcome = evaluate(sparse.loaded, how)
+                with sparse.running():
+                    outcome = evaluate(sparse.loaded, how)
             now = self.clock()
-            fields |= columns.scores(metric, outcome) | columns.costs(sparse, outcome)
+            counted = sparse.counted()
+            rows["layers"] = columns.layers(sparse, counted)
+            fields |= columns.sparsity(sparse, counted)
+            fields |= columns.scores(metric, outcome) | columns.costs(sparse, outcome, counted)
             fields |= {"seconds": now - started, "seconds_evaluate": now - evaluated, "peak_memory_bytes": peak.bytes}
             rows["samples"] = outcome.samples
-            problem = columns.problem(sparse, outcome)
+            problem = columns.problem(sparse, outcome, counted)
             if run.options.save:
                 self._save(run, sparse)
         except KeyboardInterrupt:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparsebench.audits import Achieved, Audit
-    from sparsebench.methods.base import Applied
+    from sparsebench.methods.base import Applied, Attachment, Counted
     from sparsebench.models.base import LoadedModel
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -33,6 +34,18 @@ class SparseModel:
     audits: list[Audit]
     warnings: list[str]
     seconds: float
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, the methods of inference time act on the model and count what they skip."""
+        with ExitStack() as stack:
+            for attachment in self.applied.attachments:
+                stack.enter_context(attachment.attached())
+            yield
+
+    def counted(self) -> list[tuple[Attachment, Counted]]:
+        """Each method of inference time with what it did while the model last ran."""
+        return [(attachment, attachment.counted()) for attachment in self.applied.attachments]
 
 
 @dataclass

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sparsebench.costs.saving import NO_SAVING, Saving
 from sparsebench.errors import UserError
 
 # Fields of a config whose attention is not "every head, its own or grouped keys, one window per layer".
@@ -149,22 +150,30 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
     return ModelShape(config.hidden_size, config.vocab_size, attention_of(model), tuple(linears))
 
 
-def prefill(shape: ModelShape, length: int, *, dense: bool = False) -> int:
+def prefill(shape: ModelShape, length: int, *, dense: bool = False, saving: Saving = NO_SAVING) -> float:
     """FLOPs of one sequence of ``length`` tokens in one forward, in total (not per token), with the logits of
-    every position. ``dense``: zeros count as if they were multiplied. ValueError if ``length`` < 0."""
+    every position. ``dense``: zeros count as if they were multiplied; ``saving``: what methods of inference time
+    skip. ValueError if ``length`` < 0."""
     if length < 0:
         raise ValueError(f"length={length}: must be >= 0")
-    per_token = shape.weights if dense else shape.nonzero
-    return 2 * length * per_token + sum(_per_pair(layer) * layer.pairs(length) for layer in shape.attention)
+    if dense:
+        return 2 * length * shape.weights + sum(_per_pair(layer) * layer.pairs(length) for layer in shape.attention)
+    per_token = sum(one.nonzero * saving.linear.get(one.name, (1, 1))[0] for one in shape.linears)
+    pairs = sum(_per_pair(layer) * layer.pairs(length) for layer in shape.attention)
+    return 2 * length * per_token + pairs * saving.pairs_prefill + saving.index_prefill(length)
 
 
-def decode(shape: ModelShape, length: int, *, dense: bool = False) -> int:
+def decode(shape: ModelShape, length: int, *, dense: bool = False, saving: Saving = NO_SAVING) -> float:
     """FLOPs of one new token when ``length`` tokens are cached: it attends to ``length + 1`` (fewer within a
-    window). ``dense`` as in ``prefill``, which is the sum of these. ValueError if ``length`` < 0."""
+    window). ``dense`` and ``saving`` as in ``prefill``, which without savings is the sum of these. ValueError if
+    ``length`` < 0."""
     if length < 0:
         raise ValueError(f"length={length}: must be >= 0")
-    per_token = shape.weights if dense else shape.nonzero
-    return 2 * per_token + sum(_per_pair(layer) * layer.keys(length) for layer in shape.attention)
+    if dense:
+        return 2 * shape.weights + sum(_per_pair(layer) * layer.keys(length) for layer in shape.attention)
+    per_token = sum(one.nonzero * saving.linear.get(one.name, (1, 1))[1] for one in shape.linears)
+    pairs = sum(_per_pair(layer) * layer.keys(length) for layer in shape.attention)
+    return 2 * per_token + pairs * saving.pairs_decode + saving.index_decode(length)
 
 
 def _per_pair(layer: Attention) -> int:

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparsebench.costs.flops import attention_of, matrices
+from sparsebench.costs.saving import Saving
 
 GROUPS = (2, 4, 8, 16, 32)  # the m of the n:m patterns looked for
 
@@ -39,6 +40,12 @@ class Storage:
     sparse: int
     format: str
     per_layer: list[dict[str, Any]]
+
+    def read(self, saving: Saving) -> float:
+        """Bytes of weights that one decoded token reads: of each matrix the share that is used, of the rest all
+        (embedding included, an upper bound)."""
+        skipped = ((1.0 - saving.linear.get(one["name"], (1.0, 1.0))[1]) * one["bytes"] for one in self.per_layer)
+        return float(self.sparse - sum(skipped))
 
 
 def bitmap_bytes(numel: int, nnz: int, itemsize: int) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from sparsebench.costs.saving import NO_SAVING, Saving
 from sparsebench.models.base import LoadedModel
 
 
@@ -25,12 +27,51 @@ class LayerReport:
     pattern: str = "unstructured"
 
 
+@dataclass(frozen=True)
+class Counted:
+    """What a method of inference time did during one evaluation.
+
+    ``acted``: its hooks were called; ``achieved``: what was really skipped, over its scope; ``rows``: one flat
+    mapping per layer or head group (``layer``, ``method``, ``asked``, ``pattern``, ``achieved``, ``zeros``,
+    ``total``); ``columns``: more columns of the record; ``saving``: its costs."""
+
+    acted: bool
+    achieved: float
+    rows: list[dict[str, object]] = field(default_factory=list)
+    columns: dict[str, Any] = field(default_factory=dict)
+    saving: Saving = NO_SAVING
+    warnings: list[str] = field(default_factory=list)
+
+
+class Attachment(Protocol):
+    """A method of inference time, fitted to one model: it acts while it is attached, and counts."""
+
+    method: str
+    target: str
+    asked: float | None  # the sparsity that was asked for; None or 0: nothing
+    tolerance: float  # how far achieved may lie from it before the run is flagged
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Acts inside the context, which starts counting anew; outside the model is as it was."""
+        ...
+
+    def counted(self) -> Counted:
+        """What was counted inside the last context."""
+        ...
+
+    def fitted(self) -> dict[str, Tensor]:
+        """What was learned from calibration data (thresholds, gates), to be saved with the model; {} for nothing."""
+        ...
+
+
 @dataclass
 class Applied:
     """The result of applying a stack: per-layer counts, the stated tolerance, warnings, extra columns.
 
-    ``acts_on``: names of the parameters that were allowed to change."""
+    ``acts_on``: names of the parameters that were allowed to change; ``attachments``: what acts while the
+    model runs."""
 
+    attachments: list[Attachment] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
     acts_on: set[str] = field(default_factory=set)
     tolerance: float = 1e-9
@@ -39,6 +80,7 @@ class Applied:
 
     def add(self, other: Applied) -> None:
         """Joins what another family of the stack did."""
+        self.attachments += other.attachments
         self.layers += other.layers
         self.acts_on |= other.acts_on
         self.tolerance = max(self.tolerance, other.tolerance)

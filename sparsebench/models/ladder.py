@@ -2,7 +2,7 @@
 
 ``python -m sparsebench.models.ladder [rung ...] [folder=build/ladder]`` trains the rungs (all of
 them by default), resuming where an earlier call stopped, and ``ship`` copies the finished ones
-into the package as bfloat16 Hugging Face folders. ``sparsebench/models/ladder/README.md`` holds
+into the package as bfloat16 Hugging Face folders. ``sparsebench/models/weights/README.md`` holds
 the recipe, the curves and the final losses.
 """
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 CONTEXT = 1024
 LENGTHS = ((0.10, 64), (0.22, 128), (0.45, 256), (0.80, 512), (1.0, 1024))
+# with fewer steps the short documents, on which induction heads form, get the same number of them
+FEW_STEPS = ((0.25, 64), (0.40, 128), (0.60, 256), (0.85, 512), (1.0, 1024))
 
 
 @dataclass(frozen=True)
@@ -46,19 +48,10 @@ class Rung:
 
 
 RUNGS = {
-    "tiny_100k": Rung(hidden=48, layers=2, heads=4, intermediate=128, steps=2500, lr=6e-3, muon_lr=2e-2),
-    "tiny_400k": Rung(
-        hidden=96,
-        layers=3,
-        heads=4,
-        intermediate=256,
-        steps=2000,
-        lr=5e-3,
-        muon_lr=2e-2,
-        # fewer steps: the short documents, on which induction heads form, get the same number of them
-        lengths=((0.25, 64), (0.40, 128), (0.60, 256), (0.85, 512), (1.0, 1024)),
-    ),
-    "tiny_1m": Rung(hidden=128, layers=5, heads=4, intermediate=352, steps=5000, lr=4e-3, muon_lr=1.5e-2),
+    "tiny_100k": Rung(48, 2, 4, 128, steps=2500, lr=6e-3, muon_lr=2e-2),
+    "tiny_400k": Rung(96, 3, 4, 256, steps=2000, lr=5e-3, muon_lr=2e-2, lengths=FEW_STEPS),
+    "tiny_1m": Rung(128, 5, 4, 352, steps=5000, lr=4e-3, muon_lr=1.5e-2),
+    "tiny_4m": Rung(256, 5, 4, 704, steps=1600, lr=3e-3, muon_lr=1.2e-2, lengths=FEW_STEPS),
 }
 
 

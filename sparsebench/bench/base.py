@@ -1,0 +1,19 @@
+"""What every benchmark hands back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+Say = Callable[[str], None]  # one line of progress, for stderr
+
+
+@dataclass(frozen=True)
+class Report:
+    """``rows``: one flat mapping per line of the table, the same keys in each; ``facts``: what holds for all of
+    them (machine, threads, versions); ``notes``: sentences that a reader of the numbers needs."""
+
+    rows: list[dict[str, Any]]
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
