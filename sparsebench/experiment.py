@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsebench import columns
 from sparsebench.config import Workspace
@@ -21,10 +21,14 @@ from sparsebench.models.saving import check_folder, save_model
 from sparsebench.results.store import Attempt, Store
 from sparsebench.run import Run
 
+if TYPE_CHECKING:  # imports torch
+    from sparsebench.models.base import LoadedModel
+
 
 @dataclass
 class Experiment:
-    """Runs runs. The last sparse model is kept, so that the tasks of one model share it.
+    """Runs runs. The last sparse model is kept, so that the tasks of one model share it, as are its weights for
+    the next methods that do not change them, and the data that was made ready for it.
 
     ``extra``: more columns of every record, such as the worker's job."""
 
@@ -34,6 +38,7 @@ class Experiment:
     extra: dict[str, Any] = field(default_factory=dict)
     kept: Fitting | None = None
     drawn: dict[str, Any] = field(default_factory=dict)  # calibration windows, by model, corpus and seed
+    prepared: dict[tuple[str, str], Any] = field(default_factory=dict)  # of the last model, by task
     saved: set[tuple[str, str]] = field(default_factory=set)  # (folder, sparse model id), written by this object
     clock: Callable[[], float] = time.perf_counter
 
@@ -49,7 +54,7 @@ class Experiment:
             return known
         fitting = self._fitting(run, model_id)
         task = self._task(run)
-        prepared = task.prepare(fitting.loaded, self._corpora)
+        prepared = self._prepared(run, task, fitting.loaded)
         attempt = self.store.begin(run_id, columns.identity(run, model_id) | self.extra)
         return self._finish(run, attempt, fitting, partial(task.evaluate, prepared=prepared))
 
@@ -92,13 +97,23 @@ class Experiment:
     def _fitting(self, run: Run, model_id: str) -> Fitting:
         """The run's model with its methods and data: the kept one, or loaded and checked now."""
         if self.kept is None or self.kept.id != model_id:
+            same = self.kept is not None and self.kept.model == str(run.model) and self.kept.untouched
+            loaded = self.kept.loaded if same and self.kept else None
             self.kept = None  # its memory is needed
             if run.options.threads:
                 import torch
 
                 torch.set_num_threads(run.options.threads)
-            self.kept = fit(self.workspace, run, model_id, self._loader(run).load(), self.drawn)
+            self.kept = fit(self.workspace, run, model_id, loaded or self._loader(run).load(), self.drawn)
         return self.kept
+
+    def _prepared(self, run: Run, task: Any, loaded: LoadedModel) -> Any:
+        """The task's data for this model, made once."""
+        key = (str(run.model), str((run.task, run.corpus)))
+        if key not in self.prepared:
+            data = task.prepare(loaded, self._corpora)
+            self.prepared = {one: kept for one, kept in self.prepared.items() if one[0] == key[0]} | {key: data}
+        return self.prepared[key]
 
     def check(self, runs: Sequence[Run]) -> None:
         """UserError when any of the runs is bad input, so that a grid starts whole or not at all.

@@ -51,14 +51,21 @@ class SparseModel:
 @dataclass
 class Fitting:
     """A loaded model with the methods and the calibration windows that fit it: nothing a user can get
-    wrong is left. ``made`` holds the sparse model once it was made; the model is changed in place."""
+    wrong is left. ``made`` holds the sparse model once it was made; the model is changed in place.
+    ``model``: which model it is, so that one whose weights nobody changed serves the next sparse model too."""
 
     id: str
+    model: str
     loaded: LoadedModel
     families: list[tuple[Any, list[Named]]]
     windows: Tensor | None
     seed: int
     made: SparseModel | None = field(default=None)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the model's weights are as they were loaded."""
+        return self.made is None or not (self.made.applied.acts_on or self.made.applied.layers)
 
     def make(self, progress: Progress) -> SparseModel:
         """The sparse model, made on the first call."""
@@ -104,7 +111,7 @@ def fit(workspace: Workspace, run: Run, model_id: str, loaded: LoadedModel, draw
     families = _families(workspace, run, methods)
     for family, stack in families:
         family.check(stack, loaded.model)
-    return Fitting(model_id, loaded, families, windows, run.options.seed)
+    return Fitting(model_id, str(run.model), loaded, families, windows, run.options.seed)
 
 
 def _families(workspace: Workspace, run: Run, methods: list[Named]) -> list[tuple[Any, list[Named]]]:

@@ -29,6 +29,7 @@ from typing import Any, BinaryIO
 
 import sparsebench
 from sparsebench.errors import UserError
+from sparsebench.results.index import Index
 from sparsebench.results.record import SCHEMA, STATUSES, column_order, decode, decode_records, encode, rank
 
 DETAILS = ("layers", "samples", "configs", "errors")
@@ -48,6 +49,7 @@ class Store:
         self._lock = threading.RLock()
         self._shard: str | None = None
         self._shard_pid = -1
+        self._index = Index()
         if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
             raise UserError(f"store={self.folder}: is not a folder; give another")
 
@@ -106,14 +108,14 @@ class Store:
         return len(lines)
 
     def find(self, run_id: str) -> dict[str, Any] | None:
-        """The run's record, or None. Fast: only lines that contain the id are parsed."""
+        """The run's record, or None. Fast: only the run's lines are parsed, and the shards are read once."""
         return max((line for _, line in self._lines_of(run_id)), key=rank, default=None)
 
     def records(self) -> list[dict[str, Any]]:
         """One record a run, in order of first appearance by shard name, then line."""
         best: dict[str, dict[str, Any]] = {}
         with no_garbage_collection():
-            for _, line in self._read_records(None):
+            for _, line in self._read_records():
                 known = best.get(line["run_id"])
                 if known is None or rank(line) > rank(known):
                     best[line["run_id"]] = line
@@ -136,12 +138,25 @@ class Store:
 
     def _lines_of(self, run_id: str) -> list[tuple[str, dict[str, Any]]]:
         """(shard name, line) of every line of one run, by shard name, then line."""
-        return [(shard, line) for shard, line in self._read_records(run_id) if line["run_id"] == run_id]
+        found: list[tuple[str, dict[str, Any]]] = []
+        garbled = 0
+        try:
+            with self._lock:
+                places = list(self._index.lines(run_id, self._shards()))
+            for shard, lines in places:
+                for line in decode_records(lines):
+                    garbled += line is None
+                    if line is not None and line["run_id"] == run_id:
+                        found.append((shard.name, line))
+        except OSError as error:
+            raise self._not_readable(error) from None
+        self.torn = self._index.torn + garbled
+        return found
 
-    def _read_records(self, run_id: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _read_records(self) -> Iterator[tuple[str, dict[str, Any]]]:
         self.torn = 0
         for path in self._shards():
-            for line in decode_records(self._whole_lines(path, run_id)):
+            for line in decode_records(self._whole_lines(path, None)):
                 if line is None:
                     self.torn += 1
                 else:
@@ -154,7 +169,7 @@ class Store:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise UserError(f"store={self.folder}: cannot be read: {error.strerror}: {error.filename}") from None
+            raise self._not_readable(error) from None
         return [folder / name for name in names]
 
     def _whole_lines(self, path: Path, run_id: str | None) -> Iterator[bytes]:
@@ -165,7 +180,7 @@ class Store:
         except FileNotFoundError:  # removed since it was listed
             return
         except OSError as error:
-            raise UserError(f"store={self.folder}: cannot be read: {error.strerror}: {error.filename}") from None
+            raise self._not_readable(error) from None
 
     def _each_line(self, file: BinaryIO) -> Iterator[bytes]:
         for line in file:
@@ -213,6 +228,9 @@ class Store:
             for kind, lines in encoded.items():
                 self._append(kind, lines)
             self._append("records", [line])
+
+    def _not_readable(self, error: OSError) -> UserError:
+        return UserError(f"store={self.folder}: cannot be read: {error.strerror}: {error.filename}")
 
     def _not_writable(self, error: OSError) -> UserError:
         return UserError(f"store={self.folder}: cannot be written: {error.strerror or error}; give another folder")
