@@ -34,6 +34,7 @@ sparsebench {version}: how much quality is lost, how much cost is saved, when a 
   python -m sparsebench sweep <name> [key=a,b ...]  a whole grid from sweeps/, resumable (cluster=local|inline|slurm,
                                                     retry=failed, --plan shows it, --detach leaves it running)
   python -m sparsebench status|cancel <sweep>       how far it is; end its workers
+  python -m sparsebench track <sweep>               mirror its records to W&B (also: tracking=wandb on run and sweep)
   python -m sparsebench logs <run id>               error, traceback and worker log of a run
   python -m sparsebench list [methods|models|tasks|corpora|sweeps]
   python -m sparsebench show <name>                 every option of a method, task, model, corpus, or `run`
@@ -131,6 +132,7 @@ def _run(arguments: Arguments) -> int:
     from sparsebench.experiment import Experiment
     from sparsebench.results import view
     from sparsebench.results.store import Store
+    from sparsebench.results.tracking import TRACKING, mirror
     from sparsebench.terminal import Reporter, summary
 
     if arguments.names:
@@ -138,11 +140,14 @@ def _run(arguments: Arguments) -> int:
             f"{arguments.names[0]}: an option is written key=value, for example method={arguments.names[0]}"
         )
     workspace = config.Workspace(arguments.config_dir)
-    runs = config.runs(workspace, arguments.overrides, sweep=arguments.grid)
+    tracking = [word for word in arguments.overrides if TRACKING.owns(word)]
+    words = [word for word in arguments.overrides if not TRACKING.owns(word)]
+    runs = config.runs(workspace, words, sweep=arguments.grid)
     _check_shared(runs)
     options = runs[0].options
     store = Store(store_folder(options.store))
     store.check_writable()
+    mirrored = mirror(tracking, store, None, workspace.config_dir)
     records: list[dict[str, Any]] = []
     with Reporter(len(runs)) as reporter:
         experiment = Experiment(workspace, store, reporter.progress)
@@ -152,6 +157,8 @@ def _run(arguments: Arguments) -> int:
             reporter.start(f"{run.label} {run.model.label} {run.task.label}")
             record = experiment.run(run)
             records.append(record)
+            if mirrored is not None:
+                mirrored.push(record)
             if record["status"] != "ok":
                 reporter.say(f"{record['run_id'][:8]} {run.label}: {record['status']}: {record['error']}")
                 if arguments.verbose:
@@ -162,6 +169,8 @@ def _run(arguments: Arguments) -> int:
     _print(view.table(records, format=options.format))
     if options.format == "table" and len(records) == 1:
         print(summary(records[0], store.folder))
+    if mirrored is not None and mirrored.told():
+        print(mirrored.told(), file=sys.stderr)
     return DONE if all(record["status"] == "ok" for record in records) else FAILED
 
 
@@ -206,6 +215,19 @@ def _sweep(arguments: Arguments) -> int:
         code = command.run(workspace, name, arguments.overrides, store_folder(None), only_plan=True)
         return code or command.detach(words, name, store)
     return command.run(workspace, name, arguments.overrides, store_folder(None), only_plan=arguments.plan)
+
+
+def _track(arguments: Arguments) -> int:
+    from sparsebench.results.tracking import TRACKING
+    from sparsebench.sweep import command
+
+    name = _one_name(arguments, "a sweep")
+    own = [word for word in arguments.overrides if TRACKING.owns(word)]
+    rest = dict(word.split("=", 1) for word in arguments.overrides if not TRACKING.owns(word))
+    store = store_folder(rest.pop("store", None))
+    if rest:
+        raise UserError(f"track: takes store=<folder> and tracking.*, not {' '.join(rest)}")
+    return command.track(name, own, store, arguments.config_dir)
 
 
 def _on_store(arguments: Arguments) -> int:
@@ -306,6 +328,7 @@ VERBS: dict[str, Callable[[Arguments], int]] = {
     "status": _on_store,
     "cancel": _on_store,
     "logs": _on_store,
+    "track": _track,
     "results": _results,
     "list": _list,
     "show": _show,

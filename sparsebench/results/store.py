@@ -136,6 +136,16 @@ class Store:
         rows = decode(self._whole_lines(self.folder / kind / shard, run_id))
         return [row for row in rows if row and (row.get("run_id"), row.get("attempt")) == (run_id, attempt)]
 
+    def note(self, kind: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Appends rows beside the records, in ``<kind>/`` (``tracking``: what was mirrored). OSError as ``finish``."""
+        with self._lock:
+            self._append(kind, [encode(row) for row in rows])
+
+    def notes(self, kind: str) -> list[dict[str, Any]]:
+        """All rows that ``note`` wrote, by shard name, then line."""
+        shards = sorted((self.folder / kind).glob("*.jsonl"))
+        return [row for shard in shards for row in decode(self._whole_lines(shard, None)) if row]
+
     def _lines_of(self, run_id: str) -> list[tuple[str, dict[str, Any]]]:
         """(shard name, line) of every line of one run, by shard name, then line."""
         found: list[tuple[str, dict[str, Any]]] = []

@@ -12,26 +12,32 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsebench.errors import UserError
 from sparsebench.results.tail import Tail
 from sparsebench.sweep.lease import Leases
 from sparsebench.sweep.plan import Planned
 
+if TYPE_CHECKING:
+    from sparsebench.results.store import Store
+    from sparsebench.results.tracking import Mirror
+
 
 @dataclass
 class Chunk:
     """``runs``: JSON texts [run id, words, attempts that had ended]; ``job``: what the queue calls this chunk;
-    ``requeued``: the environment variable in which the queue counts how often it started the chunk again."""
+    ``requeued``: the environment variable in which the queue counts how often it started the chunk again;
+    ``tracking``: the sweep's name and the words that say where records are mirrored, [] for nowhere."""
 
     store: str
     config_dir: str | None
     runs: list[str]
     job: str | None = None
     requeued: str | None = None
+    tracking: list[str] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -47,6 +53,7 @@ class Chunk:
         store = Path(self.store)
         leases, tail = Leases(store, self.job, again=self._restarts() > 0), Tail(store)
         experiment = self._experiment()
+        mirrored = self._mirror(experiment.store) if self.tracking else None
         statuses: dict[str, str] = {}
         for text in self.runs:
             run_id, words, attempts = json.loads(text)
@@ -54,6 +61,8 @@ class Chunk:
                 try:  # its last owner may have finished it while we looked, so look again
                     if self._is_open(tail, run_id, attempts):
                         statuses[run_id] = self._one(experiment, run_id, words)
+                        if mirrored is not None and not mirrored.push(experiment.store.find(run_id)):
+                            print(f"tracking: {run_id}: {mirrored.problems[run_id]}", file=sys.stderr)
                 finally:
                     leases.release(run_id)
         return statuses
@@ -74,6 +83,11 @@ class Chunk:
         workspace = Workspace(Path(self.config_dir) if self.config_dir else None)
         extra = {"job": self.job, "restarts": self._restarts()} if self.job else {}
         return Experiment(workspace, Store(Path(self.store)), extra=extra)
+
+    def _mirror(self, store: Store) -> Mirror | None:
+        from sparsebench.results.tracking import mirror
+
+        return mirror(self.tracking[1:], store, self.tracking[0], Path(self.config_dir) if self.config_dir else None)
 
     def _restarts(self) -> int:
         return int(os.environ.get(self.requeued) or 0) if self.requeued else 0

@@ -10,20 +10,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sparsebench.config import Workspace, parse_values
-from sparsebench.declare import options_of
-from sparsebench.errors import UserError, closest
-from sparsebench.paths import data_folder
+from sparsebench.errors import UserError
 from sparsebench.results.store import Store
 from sparsebench.results.tail import Tail
+from sparsebench.results.tracking import TRACKING, Mirror, mirror
+from sparsebench.settings import Group
 from sparsebench.sweep import plan as plans
 from sparsebench.sweep import slurm, spec
 from sparsebench.sweep.engine import Engine, cancel_file
 from sparsebench.sweep.launch import ClusterOptions, Inline, Launcher, Local
 
-LAUNCHERS = ("inline", "local", "slurm")
+CLUSTER = Group("cluster", "launcher", ("inline", "local", "slurm"), ClusterOptions)
 _END_ROUNDS = 50  # tenths of a second that a worker may take to end
 _ORDER = ("ok", "failed", "lost", "running", "pending")
 
@@ -36,58 +35,24 @@ class Request:
     launcher: str
     options: ClusterOptions
     retry: bool
+    tracking: list[str]  # words of tracking
     words: list[str]  # what belongs to the sweep itself
 
     @classmethod
     def of(cls, words: Sequence[str], default_store: Path, config_dir: Path | None = None) -> Request:
-        given: dict[str, Any] = {**parse_values([w for w in words if _is_ours(w)])}
+        given = parse_values([word for word in words if word.partition("=")[0] in ("retry", "store")])
         single = {key: values[0] for key, values in given.items() if len(values) == 1}
         if len(single) < len(given):
             raise UserError(f"{next(iter(set(given) - set(single)))}: takes one value")
-        launcher, settings = _settings(str(single.pop("cluster", "local")), config_dir)
-        retry = single.pop("retry", None)
+        launcher, options = CLUSTER.chosen(words, "local", config_dir)
+        retry = single.get("retry")
         if retry not in (None, "failed"):
             raise UserError(f"retry={retry}: valid: failed")
-        store = Path(str(single.pop("store", default_store))).expanduser()
-        options = _cluster(settings | single)
-        return cls(store, launcher, options, retry == "failed", [word for word in words if not _is_ours(word)])
-
-
-def _is_ours(word: str) -> bool:
-    key = word.partition("=")[0]
-    return key in ("cluster", "retry", "store") or key.startswith("cluster.")
-
-
-def _settings(name: str, config_dir: Path | None) -> tuple[str, dict[str, Any]]:
-    """The launcher and the ``cluster.*`` options that ``cluster/<name>.yaml`` names (a user's before the project's)."""
-    import yaml
-
-    known: dict[str, Path] = {}
-    for folder in (data_folder("conf"), *([config_dir] if config_dir else [])):
-        known |= {file.stem: file for file in sorted((folder / "cluster").glob("*.yaml"))}
-    if name not in known:
-        raise UserError(f"cluster={name}: unknown launcher{closest(name, known)}")
-    try:
-        content = yaml.safe_load(known[name].read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{known[name]}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{known[name]}: holds `launcher:` and options of cluster, one a line")
-    launcher = str(content.pop("launcher", name))
-    if launcher not in LAUNCHERS:
-        raise UserError(f"{known[name]}: launcher: {launcher}: unknown launcher{closest(launcher, LAUNCHERS)}")
-    return launcher, {f"cluster.{key}": value for key, value in content.items()}
-
-
-def _cluster(given: dict[str, Any]) -> ClusterOptions:
-    valid = options_of(ClusterOptions)
-    found = {}
-    for key, value in given.items():
-        name = key.removeprefix("cluster.")
-        if name not in valid:
-            raise UserError(f"{key}: unknown option of cluster{closest(name, valid)}")
-        found[name] = valid[name].check(key, value)
-    return ClusterOptions(**found)
+        store = Path(str(single.get("store", default_store))).expanduser()
+        tracking = [word for word in words if TRACKING.owns(word)]
+        rest = [word for word in words if not (CLUSTER.owns(word) or TRACKING.owns(word))]
+        rest = [word for word in rest if word.partition("=")[0] not in ("retry", "store")]
+        return cls(store, launcher, options, retry == "failed", tracking, rest)
 
 
 def run(workspace: Workspace, name: str, words: Sequence[str], default_store: Path, *, only_plan: bool) -> int:
@@ -97,6 +62,7 @@ def run(workspace: Workspace, name: str, words: Sequence[str], default_store: Pa
     plan = plans.make(workspace, sweep)
     store = Store(request.store)
     store.check_writable()
+    mirror(request.tracking, store, name, workspace.config_dir)  # a mistake is told before anything starts
     tail = Tail(store.folder)
     tail.look()
     for problem in plan.untested:
@@ -111,9 +77,38 @@ def run(workspace: Workspace, name: str, words: Sequence[str], default_store: Pa
     redo = {run_id for run_id in plan.ids() if request.retry and tail.status(run_id) == "failed"}
     with _Display(name) as display:
         engine = Engine(plan, store, launcher, request.options, workspace.config_dir, redo, display.look)
+        engine.tracking = tuple(request.tracking)
         counts = engine.run()
     print(_summary(name, plan, engine.tail, counts, _again(store.folder, workspace.config_dir)))
+    again = mirror(request.tracking, store, name, workspace.config_dir)  # what the workers mirrored is known to it
+    if again is not None:
+        _track(plan, engine.tail, again)
     return 0 if counts["ok"] == len(plan.runs) else 1
+
+
+def track(name: str, words: Sequence[str], store: Path, config_dir: Path | None) -> int:
+    """``track <sweep>``: mirrors the finished runs of its newest plan that were not mirrored yet. The exit code."""
+    plan = plans.newest(store, name)
+    if plan is None:
+        raise UserError(f"track {name}: store={store} has no plan of that name; start it with: sweep {name}")
+    chosen = words if any(word.startswith("tracking=") for word in words) else ["tracking=wandb", *words]
+    mirrored = mirror(chosen, Store(store), name, config_dir)
+    if mirrored is None:
+        raise UserError("tracking=none: nothing to mirror to; valid: wandb")
+    tail = Tail(store)
+    tail.look()
+    return 0 if _track(plan, tail, mirrored) else 1
+
+
+def _track(plan: plans.Plan, tail: Tail, mirrored: Mirror) -> bool:
+    """Mirrors what was not yet, says what was done; whether all of it went well."""
+    records = [tail.best[run_id] for run_id in plan.ids() if tail.status(run_id) in ("ok", "failed")]
+    fresh = [record for record in records if not mirrored.has(record)]
+    done = sum(mirrored.push(record) for record in fresh)
+    _say(f"{plan.sweep}: {done} runs mirrored now, {len(records) - len(fresh)} before")
+    for line in mirrored.told().splitlines():
+        _say(line)
+    return not mirrored.problems
 
 
 def _launcher(request: Request, store: Path, plan: plans.Plan) -> Launcher:

@@ -45,6 +45,7 @@ class Engine:
     config_dir: Path | None = None
     redo: set[str] = field(default_factory=set)
     look: Look = lambda counts, left: None
+    tracking: tuple[str, ...] = ()  # words for the workers' mirror
     working: dict[str, list[str]] = field(default_factory=dict)  # chunk -> its run ids
 
     def __post_init__(self) -> None:
@@ -129,6 +130,8 @@ class Engine:
             return
         self.attempts |= {run.run_id: self.tail.attempt(run.run_id) for group in groups for run in group}
         made = [Chunk.of(self.store.folder, self.config_dir, group, self.attempts) for group in groups]
+        for chunk in made:
+            chunk.tracking = [self.plan.sweep, *self.tracking] if self.tracking else []
         names = self.launcher.start(made, self.plan.sweep)
         self.working |= {name: chunk.run_ids() for name, chunk in zip(names, made, strict=False)}
 
