@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+from sparsebench.bench.command import names as benchmarks
 from sparsebench.config import RUN_OPTIONS, Workspace
-from sparsebench.declare import Option, Taxonomy
+from sparsebench.declare import Option, Taxonomy, options_of
 from sparsebench.results.record import COLUMNS
+from sparsebench.results.tracking import TrackingOptions
+from sparsebench.sweep.launch import ClusterOptions
 
 _KINDS = {
     "method": "Methods",
@@ -16,6 +20,10 @@ _KINDS = {
     "model": "Model kinds",
     "corpus": "Corpora (calibration and perplexity)",
 }
+_SETTINGS = (
+    ("Where a sweep runs", "cluster.", ClusterOptions),
+    ("Where records are mirrored", "tracking.", TrackingOptions),
+)
 _PREFIX = {"method": "method.{name}.", "task": "task.", "model": "model.", "corpus": "calibration."}
 
 
@@ -30,6 +38,13 @@ def reference() -> str:
         "",
         *_options(RUN_OPTIONS, ""),
     ]
+    for title, prefix, options in _SETTINGS:
+        lines += ["", f"## {title}", "", *_options(options_of(options), prefix)]
+    lines += ["", "## Benchmarks", "", "`python -m sparsebench bench <name> [option=value ...] [format=table|json]`"]
+    for name in benchmarks():
+        module = importlib.import_module(f"sparsebench.bench.{name}")
+        lines += ["", f"### bench {name}", "", (module.__doc__ or "").strip().splitlines()[0], ""]
+        lines += [*_options(options_of(module.Options), "")]
     catalogue = Workspace().catalogue
     for kind, title in _KINDS.items():
         lines += ["", f"## {title}"]

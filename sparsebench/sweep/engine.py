@@ -199,7 +199,7 @@ class Engine:
         """The mean seconds of this plan's finished runs, or a guess."""
         known = [self.tail.best[r.run_id].get("seconds") for r in self.plan.runs if r.run_id in self.tail.best]
         timed = [float(value) for value in known if isinstance(value, (int, float))]
-        return sum(timed) / len(timed) if timed else DEFAULT_SECONDS
+        return max(sum(timed) / len(timed), 1e-3) if timed else DEFAULT_SECONDS
 
 
 def _same_process(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
