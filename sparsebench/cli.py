@@ -30,7 +30,8 @@ sparsebench {version}: how much quality is lost, how much cost is saved, when a 
                         method=magnitude pattern=2:4 model=tiny_1m model.outliers=true
                         method=wanda model=llama2_7b task=perplexity task.corpus=wikitext2
   python -m sparsebench -m key=a,b key=0.3,0.5      a grid: every combination
-  python -m sparsebench results [column=value ...]  what is in the store (format=table|csv|json|parquet)
+  python -m sparsebench results [column=value ...]  what is in the store (format=table|csv|json|parquet);
+                                                    `results compact` makes a large store answer faster
   python -m sparsebench sweep <name> [key=a,b ...]  a whole grid from sweeps/, resumable (cluster=local|inline|slurm,
                                                     retry=failed, --plan shows it, --detach leaves it running)
   python -m sparsebench status|cancel <sweep>       how far it is; end its workers
@@ -250,19 +251,26 @@ def _one_name(arguments: Arguments, what: str) -> str:
 
 
 def _results(arguments: Arguments) -> int:
-    from sparsebench.results import view
+    from sparsebench.results import query, view
     from sparsebench.results.store import Store
 
     words = _settings(arguments)
     format = words.pop("format", "table")
     folder = store_folder(words.pop("store", None))
+    if arguments.names not in ([], ["compact"]):
+        raise UserError(f"results {' '.join(arguments.names)}: a filter is written column=value; or: results compact")
     if not folder.is_dir():
         raise UserError(f"store={folder}: there is no store yet; run something first, or name another folder")
-    store = Store(folder)
-    records = view.select(store.records(), words)
-    _print(view.table(records, format=format))
-    if store.torn:
-        print(f"sparsebench: {store.torn} torn lines were skipped", file=sys.stderr)
+    if arguments.names:
+        if words:
+            raise UserError(f"results compact: takes only store=<folder>, not {' '.join(arguments.overrides)}")
+        file, count = query.compact(Store(folder))
+        print(f"{count} records in {file}")
+        return DONE
+    found = query.records(Store(folder), words)
+    _print(view.table(found.records, format=format))
+    if found.torn:
+        print(f"sparsebench: {found.torn} torn lines were skipped", file=sys.stderr)
     return DONE
 
 

@@ -152,7 +152,7 @@ class Store:
         garbled = 0
         try:
             with self._lock:
-                places = list(self._index.lines(run_id, self._shards()))
+                places = list(self._index.lines(run_id, self.shards()))
             for shard, lines in places:
                 for line in decode_records(lines):
                     garbled += line is None
@@ -165,14 +165,15 @@ class Store:
 
     def _read_records(self) -> Iterator[tuple[str, dict[str, Any]]]:
         self.torn = 0
-        for path in self._shards():
+        for path in self.shards():
             for line in decode_records(self._whole_lines(path, None)):
                 if line is None:
                     self.torn += 1
                 else:
                     yield path.name, line
 
-    def _shards(self) -> list[Path]:
+    def shards(self) -> list[Path]:
+        """The record shards there are, by name. UserError when the folder cannot be read."""
         folder = self.folder / "records"
         try:
             names = sorted(name for name in os.listdir(folder) if name.endswith(".jsonl"))

@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sparsebench.errors import UserError, closest
@@ -46,16 +46,23 @@ def select(records: Sequence[dict[str, Any]], filters: Mapping[str, str]) -> lis
     Numbers compare within 1e-9, ids by their beginning, an empty cell is ``none``; all else must be equal:
     ``wanda`` is not ``wanda+mustafar``. UserError for a column that neither COLUMNS nor any record has.
     """
-    valid = set(COLUMNS).union(*records) - {SCORES}
-    for column in filters:
-        if column not in valid:
-            raise UserError(f"{column}={filters[column]}: unknown column{closest(column, valid)}")
+    check_columns(records, filters)
     wanted = {column: [one.strip() for one in str(values).split(",")] for column, values in filters.items()}
     return [
         record
         for record in records
         if all(any(_matches(column, record.get(column), one) for one in ones) for column, ones in wanted.items())
     ]
+
+
+def check_columns(records: Iterable[Record], filters: Mapping[str, str]) -> None:
+    """UserError for a filter on a column that neither COLUMNS nor any of the records has."""
+    if set(filters) <= set(COLUMNS) - {SCORES}:
+        return
+    valid = set(COLUMNS).union(*records) - {SCORES}
+    for column in filters:
+        if column not in valid:
+            raise UserError(f"{column}={filters[column]}: unknown column{closest(column, valid)}")
 
 
 def _matches(column: str, value: Any, wanted: str) -> bool:

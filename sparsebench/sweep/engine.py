@@ -24,6 +24,7 @@ from sparsebench.sweep.lease import Leases
 from sparsebench.sweep.plan import Plan, Planned, chunks
 
 DEFAULT_SECONDS = 10.0  # of a run that nothing is known about
+_NAMES = ("method", "model", "calibration", "task", "sparsity", "pattern", "seed")  # columns that a plan knows
 MOST_BARREN = 10  # chunks in a row that may end without having begun one run
 
 Look = Callable[[Counter[str], float | None], None]  # counts by status, seconds left
@@ -176,7 +177,9 @@ class Engine:
             self.tail.look()
             if not self._has_moved(run_id):
                 error = {"error": "its worker died before the run began"}
-                self.store.begin(run_id, {}).finish("lost", error)
+                point = self.open[run_id].point
+                named = {key: point.get(key) for key in _NAMES if key in point}
+                self.store.begin(run_id, named).finish("lost", error)
         finally:
             self.leases.release(run_id)
         return True
