@@ -29,12 +29,13 @@ FILTERS = [
 
 def fill(store: Store, rng: random.Random, runs: int, first: int = 0) -> None:
     for index in range(first, first + runs):
+        own = random.Random(index)  # what a run is, is the same in all of its lines
         fields = {
-            "method": rng.choice(["wanda", "magnitude", "magnitude+perp", "dense"]),
-            "model": rng.choice(["tiny_1m", 'it\'s "quoted"']),
-            "calibration": rng.choice([None, "kjv"]),
-            "sparse_model_id": rng.choice(["abc", "xyz"]) + str(index),
-            "sparsity": rng.choice([0.5, 0.6]),
+            "method": own.choice(["wanda", "magnitude", "magnitude+perp", "dense"]),
+            "model": own.choice(["tiny_1m", 'it\'s "quoted"']),
+            "calibration": own.choice([None, "kjv"]),
+            "sparse_model_id": own.choice(["abc", "xyz"]) + str(index),
+            "sparsity": own.choice([0.5, 0.6]),
         }
         for _ in range(rng.randint(1, 2)):
             attempt = store.begin(f"run-{index}", fields)
