@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsebench import columns
 from sparsebench.config import Workspace
+from sparsebench.errors import UserError
 from sparsebench.making import Fitting, Progress, SparseModel, fit
 from sparsebench.models.saving import check_folder, save_model
 from sparsebench.results.store import Attempt, Store
@@ -116,10 +117,13 @@ class Experiment:
         return self.prepared[key]
 
     def check(self, runs: Sequence[Run]) -> None:
-        """UserError when any of the runs is bad input, so that a grid starts whole or not at all.
+        """UserError when any of the runs is bad input, so that a grid starts whole or not at all."""
+        for error in self.problems(runs):
+            raise error
 
-        Each model that is needed is loaded once for this. What the store answers is not checked again.
-        """
+    def problems(self, runs: Sequence[Run]) -> Iterator[UserError]:
+        """What is wrong with any of the runs. Each model that is needed is loaded once for this; what the store
+        answers is not checked again."""
         pending: dict[str, list[Run]] = {}
         for run in runs:
             content = self._loader(run).content()
@@ -127,11 +131,21 @@ class Experiment:
             if run.options.force or not self._answer(run.run_id(content)):
                 pending.setdefault(str(run.model), []).append(run)
         for group in pending.values():
-            loaded = self._loader(group[0]).load()
+            try:
+                loaded = self._loader(group[0]).load()
+            except UserError as error:
+                yield error
+                continue
             for run in {str((run.methods, run.calibration, run.seed)): run for run in group}.values():
-                fit(self.workspace, run, "", loaded, self.drawn)
+                try:
+                    fit(self.workspace, run, "", loaded, self.drawn)
+                except UserError as error:
+                    yield error
             for run in {str(run.task): run for run in group}.values():
-                self._task(run).prepare(loaded, self._corpora)
+                try:
+                    self._prepared(run, self._task(run), loaded)
+                except UserError as error:
+                    yield error
 
     def _loader(self, run: Run) -> Any:
         return self.workspace.catalogue.load("model", run.model.name)(**run.model.options)

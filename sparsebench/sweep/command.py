@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsebench.config import Workspace, parse_values
-from sparsebench.errors import UserError
+from sparsebench.config import Workspace, parse_values, runs
+from sparsebench.errors import Mistakes, UserError
 from sparsebench.results.store import Store
 from sparsebench.results.tail import Tail
 from sparsebench.results.tracking import TRACKING, Mirror, mirror
@@ -71,6 +71,8 @@ def run(workspace: Workspace, name: str, words: Sequence[str], default_store: Pa
         print(_described(plan, tail, request))
         return 0
     launcher = _launcher(request, store.folder, plan)
+    if request.launcher != "slurm":  # a login node need not be able to load the models
+        _check(workspace, plan, store, tail)
     plan, new, gone = plans.keep(plan, store.folder)
     if plan.number > 1 and (new or gone):
         _say(f"plan {plan.number} of {name}: {len(new)} runs are new, {len(gone)} are no longer in it")
@@ -84,6 +86,24 @@ def run(workspace: Workspace, name: str, words: Sequence[str], default_store: Pa
     if again is not None:
         _track(plan, engine.tail, again)
     return 0 if counts["ok"] == len(plan.runs) else 1
+
+
+def _check(workspace: Workspace, plan: plans.Plan, store: Store, tail: Tail) -> None:
+    """Mistakes that only the models themselves can tell (a pattern that does not divide a layer, a text that is too
+    short), found before anything starts: one run of each kind is checked, its level and seed aside."""
+    kinds: dict[str, plans.Planned] = {}
+    for run in plan.runs:
+        if tail.status(run.run_id) != "ok":
+            kinds.setdefault(str([(k, v) for k, v in run.point.items() if k.rpartition(".")[2] not in ("sparsity", "seed")]), run)
+    if not kinds:
+        return
+    from sparsebench.experiment import Experiment
+
+    experiment = Experiment(workspace, store)
+    found = [run for planned in kinds.values() for run in runs(workspace, planned.words)]
+    errors = dict.fromkeys(str(error) for error in experiment.problems(found))
+    if errors:
+        raise Mistakes(f"sweep {plan.sweep}: {len(errors)} mistakes, nothing was started", list(errors))
 
 
 def track(name: str, words: Sequence[str], store: Path, config_dir: Path | None) -> int:

@@ -41,11 +41,16 @@ class Experiment:
     def __init__(self, workspace, store, *_, **__):
         self.workspace, self.store = workspace, store
 
+    def problems(self, runs):
+        return []
+
     def run(self, run):
         run_id = run.run_id("content of " + run.model.options["rung"])
         first = self.store.find(run_id) is None
         attempt = self.store.begin(run_id, {"method": run.label, "sparsity": run.sparsity})
         time.sleep(float(os.environ.get("NAP", "0.01")))
+        while "GATE" in os.environ and not os.path.exists(os.environ["GATE"]):
+            time.sleep(0.02)
         if run.sparsity == DIES or (run.sparsity == DIES_ONCE and first):
             os.kill(os.getpid(), signal.SIGKILL)
         if run.sparsity == FAILS:
@@ -97,7 +102,7 @@ class Machine:
 
     def sweep(self, *words: str, **around: str) -> tuple[int, str, str]:
         process = self.start(*words, **around)
-        out, err = process.communicate(timeout=90)
+        out, err = process.communicate(timeout=300)
         return process.returncode, out, err
 
     def command(self, *words: str) -> str:
@@ -112,13 +117,13 @@ class Machine:
         return found
 
     def wait_for(self, ended: int) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while sum(line["status"] != "running" for line in self.lines()) < ended:
             assert time.monotonic() < deadline, "no run ends"
             time.sleep(0.01)
 
     def wait_for_workers(self) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while workers(self.jobs):
             assert time.monotonic() < deadline, "a worker does not end"
             time.sleep(0.05)
@@ -179,21 +184,25 @@ def test_a_sweep_with_failing_and_dying_runs_ends_as_it_must(machine: Machine) -
 
 def test_killed_and_interrupted_launchers_leave_workers_that_the_next_one_finds(machine: Machine) -> None:
     words = ["cluster.workers=2", "sparsity=0.35,0.4,0.45,0.5,0.55,0.6,0.65,0.7", "method=magnitude", "seed=0"]
-    killed = machine.start(*words, NAP="0.3")
-    machine.wait_for(2)
+    gate = machine.folder / "gate"
+    killed = machine.start(*words, GATE=str(gate))  # its runs wait for the gate, so that nothing here is a race
+    deadline = time.monotonic() + 120
+    while sum(line["status"] == "running" for line in machine.lines()) < 2:
+        assert time.monotonic() < deadline, "no run begins"
+        time.sleep(0.01)
     killed.kill()
     killed.communicate()
     alive = workers(machine.jobs)
     assert len(alive) == 2, "the workers outlive their launcher"
-    interrupted = machine.start(*words, NAP="0.3")
+    interrupted = machine.start(*words)
     assert interrupted.stderr is not None
     assert "2 jobs that were started earlier are still at work" in interrupted.stderr.readline()
-    machine.wait_for(4)
     assert set(workers(machine.jobs)) == set(alive), "no third worker: the pool is bounded across launchers"
     interrupted.send_signal(signal.SIGINT)
     _, err = interrupted.communicate(timeout=30)
     assert interrupted.returncode == 3, err
     assert "interrupted" in err
+    gate.touch()
     code, out, err = machine.sweep(*words)
     assert code == 0, out + err
     assert set(by_level(machine).values()) == {"ok"}
@@ -202,7 +211,7 @@ def test_killed_and_interrupted_launchers_leave_workers_that_the_next_one_finds(
 
 def test_another_grid_waits_for_the_old_ones_workers_and_cancel_ends_them(machine: Machine) -> None:
     engine = machine.start("cluster.workers=2", "sparsity=0.4,0.5,0.6,0.7", "method=magnitude", NAP="30")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while sum(line["status"] == "running" for line in machine.lines()) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.02)
