@@ -37,6 +37,8 @@ sparsebench {version}: how much quality is lost, how much cost is saved, when a 
   python -m sparsebench status|cancel <sweep>       how far it is; end its workers
   python -m sparsebench track <sweep>               mirror its records to W&B (also: tracking=wandb on run and sweep)
   python -m sparsebench logs <run id>               error, traceback and worker log of a run
+  python -m sparsebench fit <csv> law=<name> N=<column> D=<column> value=<column>
+                                                    a scaling law with its intervals (also: fit sweep=<name>)
   python -m sparsebench list [methods|models|tasks|corpora|sweeps]
   python -m sparsebench show <name>                 every option of a method, task, model, corpus, or `run`
   python -m sparsebench bench <name> [key=value ..] measures speed side by side (`bench` alone lists what)
@@ -274,6 +276,13 @@ def _results(arguments: Arguments) -> int:
     return DONE
 
 
+def _fit(arguments: Arguments) -> int:
+    from sparsebench.analysis import fit_command
+
+    _print(fit_command.run(arguments.names, _settings(arguments), store_folder(None)))
+    return DONE
+
+
 def _list(arguments: Arguments) -> int:
     from sparsebench import terminal
     from sparsebench.config import Workspace
@@ -319,8 +328,14 @@ def _only_format(arguments: Arguments) -> str:
 
 
 def _settings(arguments: Arguments) -> dict[str, str]:
-    """The key=value words of verbs that take no overrides."""
-    return dict(word.split("=", 1) for word in arguments.overrides)
+    """The key=value words of verbs that take no overrides. UserError for a key that comes twice."""
+    found: dict[str, str] = {}
+    for word in arguments.overrides:
+        key, _, value = word.partition("=")
+        if key in found:
+            raise UserError(f"{key}={value}: given twice ({key}={found[key]}); give it once")
+        found[key] = value
+    return found
 
 
 def _print(output: str | bytes) -> None:
@@ -338,6 +353,7 @@ VERBS: dict[str, Callable[[Arguments], int]] = {
     "logs": _on_store,
     "track": _track,
     "results": _results,
+    "fit": _fit,
     "list": _list,
     "show": _show,
     "bench": _bench,
