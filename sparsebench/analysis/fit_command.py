@@ -177,7 +177,7 @@ def _read_sweep(name: str, store: Path) -> _Table:
     if plan is None:
         raise UserError(f"sweep={name}: store={store} has no plan of that name; start it with: sweep {name}")
     planned = set(plan.ids())
-    records = Store(store).of(planned)
+    records = Store(store).of(plan.ids())
     finished = [record for record in records if record["status"] == "ok"]
     kept = [record for record in finished if not record.get("flagged")]
     notes = []
