@@ -37,6 +37,7 @@ sparsebench {version}: how much quality is lost, how much cost is saved, when a 
   python -m sparsebench status|cancel <sweep>       how far it is; end its workers
   python -m sparsebench track <sweep>               mirror its records to W&B (also: tracking=wandb on run and sweep)
   python -m sparsebench logs <run id>               error, traceback and worker log of a run
+  python -m sparsebench claims [paper]              what papers claim, tested on the store: verdicts and why
   python -m sparsebench fit <csv> law=<name> N=<column> D=<column> value=<column>
                                                     a scaling law with its intervals (also: fit sweep=<name>)
   python -m sparsebench list [methods|models|tasks|corpora|sweeps]
@@ -276,6 +277,15 @@ def _results(arguments: Arguments) -> int:
     return DONE
 
 
+def _claims(arguments: Arguments) -> int:
+    from sparsebench.analysis import claims_command
+    from sparsebench.config import Workspace
+
+    workspace = Workspace(arguments.config_dir)
+    _print(claims_command.run(arguments.names, _settings(arguments), store_folder(None), workspace))
+    return DONE
+
+
 def _fit(arguments: Arguments) -> int:
     from sparsebench.analysis import fit_command
 
@@ -353,6 +363,7 @@ VERBS: dict[str, Callable[[Arguments], int]] = {
     "logs": _on_store,
     "track": _track,
     "results": _results,
+    "claims": _claims,
     "fit": _fit,
     "list": _list,
     "show": _show,

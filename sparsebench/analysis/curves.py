@@ -153,8 +153,8 @@ def breakpoint_knee(sparsity: ArrayLike, quality: ArrayLike) -> Broken:
 def hinge_knee(sparsity: ArrayLike, quality: ArrayLike) -> Broken:
     """Least squares of a + b s + c max(s - k, 0), the knee k on a grid of .001."""
     s, q = _checked(sparsity, quality, 4)
-    knees = _hinge_grid(s)
-    k = float(knees[np.argmin(_hinge_errors(s, q[None], knees)[0])])
+    knees = hinge_grid(s)
+    k = float(knees[np.argmin(hinge_errors(s, q[None], knees)[0])])
     design = _hinge_design(s, k)
     a = np.linalg.lstsq(design, q, rcond=None)[0]
     sse = float(np.sum((design @ a - q) ** 2))
@@ -176,8 +176,8 @@ def hinge_interval(
     by_seed = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
     by_sample = random.multinomial(samples, np.full(samples, 1 / samples), size=resamples) / samples
     means = np.einsum("bs,lsn,bn->bl", by_seed, values, by_sample, optimize=True)
-    knees = _hinge_grid(s)
-    found = knees[np.argmin(_hinge_errors(s, means, knees), axis=1)]
+    knees = hinge_grid(s)
+    found = knees[np.argmin(hinge_errors(s, means, knees), axis=1)]
     low, high = np.percentile(found, [50 * (1 - level), 50 * (1 + level)])
     return float(low), float(high)
 
@@ -198,7 +198,7 @@ def _checked(sparsity: ArrayLike, quality: ArrayLike, least: int) -> tuple[Array
     return s, q
 
 
-def _hinge_grid(s: Array) -> Array:
+def hinge_grid(s: Array) -> Array:
     """The knees that leave both lines determined: between the second and the last but one point."""
     steps = np.arange(math.ceil(s[1] / _GRID - _SLACK), math.floor(s[-2] / _GRID + _SLACK) + 1)
     return np.asarray(steps * _GRID) if len(steps) else s[1:2]
@@ -208,7 +208,7 @@ def _hinge_design(s: Array, k: float) -> Array:
     return np.stack([np.ones_like(s), s, np.maximum(s - k, 0)], axis=1)
 
 
-def _hinge_errors(s: Array, rows: Array, knees: Array) -> Array:
+def hinge_errors(s: Array, rows: Array, knees: Array) -> Array:
     """The squared error of every row of qualities (B, levels) at every knee: (B, knees)."""
     bases = np.linalg.qr(np.stack([_hinge_design(s, float(k)) for k in knees]))[0]
     explained = np.tensordot(rows, bases, axes=(1, 1))  # (B, knees, 3)
