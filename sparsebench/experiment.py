@@ -169,5 +169,6 @@ class Experiment:
         place = (str(run.options.save), sparse.id)
         if place not in self.saved:
             notes = {"sparse_model_id": sparse.id, "achieved": sparse.achieved.scope, "run": run.to_dict()}
-            save_model(sparse.loaded, Path(place[0]), notes)
+            fitted = {one.method: one.fitted() for one in sparse.applied.attachments}
+            save_model(sparse.loaded, Path(place[0]), notes, fitted)
             self.saved.add(place)
