@@ -1,0 +1,208 @@
+"""Tokens per second of a random-weight Llama at batch 1: dense, sparse weights, sparse activations, and both.
+
+The model has the shape of a real one (about 0.5 billion parameters by default, bfloat16) and random weights; only the
+linear layers of its blocks are replaced, the output head stays dense, and one token is decoded again and again behind
+a short cache. Everything is timed in pairs in one process, so that the ratios hold whatever the machine does meanwhile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from sparsebench.bench.base import Report, Say
+from sparsebench.bench.paired import NOTE, Call, columns, measure
+from sparsebench.declare import Declared, option
+from sparsebench.errors import UserError
+from sparsebench.kernels import build, ops
+from sparsebench.kernels.formats import NM, Bitmap, ColumnMajor
+from sparsebench.kernels.swap import Replaced, SparseLinear, Swap, installed
+
+HEAD_DIM = 128
+
+
+@dataclass(frozen=True)
+class Options(Declared):
+    """The model and what to run it with."""
+
+    layers: int = option(8, "decoder blocks", low=1, high=200)
+    hidden: int = option(2048, "width, a multiple of 128", low=128, high=16384)
+    intermediate: int = option(5632, "width of the MLP", low=64, high=65536)
+    vocabulary: int = option(32000, "tokens known", low=16, high=1000000)
+    context: int = option(64, "tokens in the cache", low=1, high=100000, unit="tokens")
+    sparsity: tuple[float, ...] = option((0.5, 0.7, 0.9), "of the weights", low=0.05, high=0.99)
+    activations: float = option(0.5, "sparsity of the inputs where they are sparse", low=0.05, high=0.99)
+    threads: int = option(1, "threads", low=1, high=1024)
+    repeats: int = option(11, "rounds of pairs", low=3, high=10000)
+    seed: int = option(0, "of the random weights", low=0)
+
+
+class _Dense(nn.Module):
+    """The dense kernel that sparse ones are compared with."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.dense_gemv(x.reshape(-1), self.weight).view(*x.shape[:-1], -1)
+
+
+class _Skipping(nn.Module):
+    """A dense weight that reads only the inputs beyond their own quantile: TEAL's kernel at a known level."""
+
+    def __init__(self, weight: Tensor, sparsity: float) -> None:
+        super().__init__()
+        self.matrix, self.count = ColumnMajor.from_dense(weight), max(1, int(sparsity * weight.shape[1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        threshold = float(x.abs().flatten().kthvalue(self.count).values)
+        return ops.skipping_linear(x, self.matrix, threshold)
+
+
+class _Both(nn.Module):
+    """Sparse weights stacked with sparse inputs: the bitmap has no columns to skip, so the inputs are set to zero."""
+
+    def __init__(self, linear: SparseLinear, sparsity: float) -> None:
+        super().__init__()
+        self.linear, self.count = linear, max(1, int(sparsity * linear.in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.abs()
+        kept = torch.where(size <= size.flatten().kthvalue(self.count).values, 0, x)
+        result: Tensor = self.linear(kept)
+        return result
+
+
+def run(options: Options, say: Say) -> Report:
+    """One row per variant."""
+    if options.hidden % HEAD_DIM:
+        raise UserError(f"hidden={options.hidden}: must be a multiple of {HEAD_DIM}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        with torch.inference_mode():
+            return _report(options, say)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _report(options: Options, say: Say) -> Report:
+    say("making the model")
+    model = _model(options)
+    variants = _variants(model, options, say)
+    step = _step(model, options)
+    calls: dict[str, Call] = {"torch": step, **{name: _with(model, swap, step) for name, swap in variants.items()}}
+    bases = {name: calls.pop(name) for name in ("torch", "own")}
+    say(f"decoding with {len(variants) + 1} variants")
+    result = measure(bases, calls, options.repeats)
+    dense = sum(one.weight.numel() * one.weight.element_size() for one in _linears(model).values())
+    rows: list[dict[str, Any]] = []
+    for name in result.seconds:
+        size = variants[name].bytes if name in variants else dense
+        seconds = result.time(name)
+        row: dict[str, Any] = {"variant": name, "ms_per_token": 1e3 * seconds, "tokens_per_s": 1 / seconds}
+        row |= columns(result, name, ("torch", "own"))
+        rows.append(row | {"linear_mb": size / 1e6, "verdict": result.verdict(row["vs_own"], dense / size)})
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    facts = {
+        "kernels": build.status(), "threads": options.threads, "parameters": f"{parameters / 1e9:.2f}e9",
+        "dtype": "bfloat16", "context": options.context, "torch": torch.__version__, "rounds": options.repeats,
+    }  # fmt: skip
+    notes = [
+        "linear_mb: weights of the blocks' linear layers; attention, norms, head and Python are the same everywhere.",
+        "columns: dense weights, inputs beyond a threshold; 'w+x': sparse weights on such inputs, which are zeroed and "
+        "not skipped, so it costs what the weights alone cost.",
+        NOTE,
+    ]
+    return Report(rows, facts, notes)
+
+
+def _model(options: Options) -> PreTrainedModel:
+    torch.manual_seed(options.seed)
+    heads = options.hidden // HEAD_DIM
+    config = LlamaConfig(
+        vocab_size=options.vocabulary, hidden_size=options.hidden, intermediate_size=options.intermediate,
+        num_hidden_layers=options.layers, num_attention_heads=heads,
+        num_key_value_heads=heads // 4 if heads % 4 == 0 else 1, max_position_embeddings=options.context + 1,
+        tie_word_embeddings=False, dtype=torch.bfloat16,
+    )  # fmt: skip
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model: PreTrainedModel = LlamaForCausalLM(config).eval()
+        return model
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    head = model.get_output_embeddings()
+    return {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and one is not head}
+
+
+def _variants(model: PreTrainedModel, options: Options, say: Say) -> dict[str, Swap]:
+    """Name -> the modules that replace the linear layers."""
+    found = {name: Swap(build.status()) for name in _names(options)}
+    for name, linear in _linears(model).items():
+        weight = linear.weight.detach()
+        rank = torch.rand(weight.shape)
+        modules: dict[str, tuple[nn.Module, int]] = {"own": (_Dense(weight), _bytes(weight))}
+        for level in options.sparsity:
+            packed = Bitmap.from_dense(weight, rank >= level)
+            modules[f"bitmap {level:g}"] = (SparseLinear(packed, None), packed.nbytes)
+        pairs = rank.view(len(weight), -1, 4).argsort(-1).argsort(-1).view(weight.shape) < 2
+        half = NM.from_dense(weight, 2, 4, pairs)
+        modules["2:4"] = (SparseLinear(half, None), half.nbytes)
+        columns_name = f"columns {options.activations:g}"
+        kept = 1 - max(1, int(options.activations * weight.shape[1])) / weight.shape[1]
+        modules[columns_name] = (_Skipping(weight, options.activations), int(kept * _bytes(weight)))
+        first, size = modules[f"bitmap {options.sparsity[0]:g}"]
+        if isinstance(first, SparseLinear):
+            modules[_stacked(options)] = (_Both(first, options.activations), size)
+        for variant, (module, taken) in modules.items():
+            swap = found[variant]
+            swap.modules[name] = module
+            swap.layers.append(Replaced(name, variant, taken / _bytes(weight), taken, _bytes(weight)))
+        say(f"packed {name}")
+    return found
+
+
+def _names(options: Options) -> list[str]:
+    weights = [f"bitmap {level:g}" for level in options.sparsity]
+    return ["own", *weights, "2:4", f"columns {options.activations:g}", _stacked(options)]
+
+
+def _stacked(options: Options) -> str:
+    return f"w+x {options.sparsity[0]:g}+{options.activations:g}"
+
+
+def _bytes(weight: Tensor) -> int:
+    return weight.numel() * weight.element_size()
+
+
+def _step(model: PreTrainedModel, options: Options) -> Call:
+    """Decodes one token behind a cache of ``context`` tokens, which is as long afterwards as before."""
+    ids = torch.randint(options.vocabulary, (1, options.context))
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    token = ids[:, :1]
+
+    def step(number: int) -> object:
+        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+        cache.crop(-1)
+        return logits
+
+    return step
+
+
+def _with(model: PreTrainedModel, swap: Swap, step: Call) -> Call:
+    def call(number: int) -> object:
+        with installed(model, swap):
+            return step(number)
+
+    return call

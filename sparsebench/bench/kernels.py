@@ -1,0 +1,224 @@
+"""Matrix products with sparse weights or inputs, against dense ones and the byte bound.
+
+Two ratios, because they say different things: against torch's dense product (what a user feels) and against a dense
+kernel of our own that runs at memory speed (what sparsity buys). At batch 1 a product is bound by the bytes it reads:
+``bound`` is dense bytes / sparse bytes, and a ratio to our own dense kernel beyond it would be a measuring error.
+"""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsebench.bench.base import Report, Say
+from sparsebench.bench.paired import NOTE, Call, Measured, columns, copies, measure
+from sparsebench.declare import Declared, option
+from sparsebench.errors import UserError
+from sparsebench.kernels import build, ops
+from sparsebench.kernels.formats import NM, Bitmap, ColumnMajor, GroupQuantised
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Options(Declared):
+    """What to measure."""
+
+    shapes: tuple[str, ...] = option(("4096x4096", "11008x4096", "4096x11008"), "weights, outputs x inputs")
+    sparsity: tuple[float, ...] = option((0.5, 0.6, 0.7, 0.8, 0.9), "zeros / all", low=0.0, high=0.99)
+    formats: tuple[str, ...] = option(
+        ("bitmap", "2:4", "columns", "csr"),
+        "kernels; columns: sparse inputs; w4: 4-bit groups; csr: torch's",
+        choices=("bitmap", "2:4", "columns", "w4", "csr"),
+    )
+    dtype: str = option("bfloat16", "number format", choices=("bfloat16", "float32"))
+    batch: int = option(1, "rows of input", low=1, high=64)
+    threads: int = option(1, "threads", low=1, high=1024)
+    isa: str = option("auto", "instruction set", choices=("auto", "avx512", "avx2", "portable", "reference"))
+    repeats: int = option(21, "rounds of pairs", low=3, high=10000)
+    seed: int = option(0, "of the random weights", low=0)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One thing to time: ``bytes`` it reads, ``call``, and what its result should be."""
+
+    format: str
+    sparsity: float | None
+    bytes: int
+    call: Call
+    right: Tensor
+
+
+def run(options: Options, say: Say) -> Report:
+    """The table: one row per shape and kernel."""
+    shapes = [_shape(text) for text in options.shapes]
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        with build.using(build.best_isa() if options.isa == "auto" else options.isa), torch.inference_mode():
+            rows = [row for shape in shapes for row in _measured(options, shape, say)]
+            facts = {
+                "kernels": build.status(),
+                "processor": platform.processor() or platform.machine(),
+                "threads": options.threads,
+                "dtype": options.dtype,
+                "batch": options.batch,
+                "torch": torch.__version__,
+                "rounds": options.repeats,
+            }
+    finally:
+        torch.set_num_threads(before)
+    notes = [
+        "vs_torch, vs_own: base time / kernel time, median over pairs; own: a dense kernel at memory speed.",
+        "bound: dense bytes / bytes read; of_bound: vs_own / bound; of_read: bytes per second / those of a plain read.",
+        NOTE,
+    ]
+    return Report(rows, facts, notes)
+
+
+def _measured(options: Options, shape: tuple[int, int], say: Say) -> list[dict[str, Any]]:
+    """Rows of one shape."""
+    say(f"{shape[0]}x{shape[1]}: packing")
+    torch.manual_seed(options.seed)
+    dtype = _DTYPES[options.dtype]
+    weight = torch.randn(shape).mul_(shape[1] ** -0.5).to(dtype)
+    x = torch.randn(options.batch, shape[1]).to(dtype)
+    cases = [*_bases(weight, x), *(case for format in options.formats for case in _cases(format, weight, x, options))]
+    for case in cases:
+        _check(case)
+    named = {_name(case): case.call for case in cases}
+    bases = {name: call for name, call in named.items() if name in ("torch", "own")}
+    say(f"{shape[0]}x{shape[1]}: timing {len(named)} kernels")
+    result = measure(bases, {name: call for name, call in named.items() if name not in bases}, options.repeats)
+    return [_row(shape, case, cases[0].bytes, result) for case in cases]
+
+
+def _row(shape: tuple[int, int], case: _Case, dense: int, result: Measured) -> dict[str, Any]:
+    name = _name(case)
+    seconds = result.time(name)
+    row: dict[str, Any] = {
+        "shape": f"{shape[0]}x{shape[1]}", "kernel": case.format, "sparsity": case.sparsity, "ms": 1e3 * seconds,
+        "gb_per_s": case.bytes / seconds / 1e9,
+    }  # fmt: skip
+    row |= columns(result, name, ("torch", "own"))
+    row["bound"] = dense / case.bytes
+    row["of_bound"] = row["vs_own"] / row["bound"] if row["vs_own"] else None
+    row["of_read"] = row["gb_per_s"] * result.time("read") / (dense / 1e9)
+    row["verdict"] = result.verdict(row["vs_own"] if case.format != "read" else None, row["bound"])
+    return row
+
+
+def _bases(weight: Tensor, x: Tensor) -> list[_Case]:
+    size = weight.numel() * weight.element_size()
+    right = _product(x, weight)
+    dense = copies(weight, size, Tensor.clone)
+    found = [_Case("torch", None, size, lambda i: functional.linear(x, dense[i % len(dense)]), right)]
+    if len(x) == 1:
+        row = x[0]
+        found.append(_Case("own", None, size, lambda i: ops.dense_gemv(row, dense[i % len(dense)]), right))
+    packed = _prepacked(weight, x, size)
+    if packed is not None:
+        found.append(_Case("onednn", None, size, packed, right))
+    return [*found, _Case("read", None, size, lambda i: ops.read(dense[i % len(dense)]), torch.empty(0))]
+
+
+def _prepacked(weight: Tensor, x: Tensor, size: int) -> Call | None:
+    """oneDNN on a weight in its own layout, what a frozen compiled model runs; None where torch has none."""
+    if weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return None
+    reorder, linear = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    try:
+        ready = [reorder(one, len(x)) for one in copies(weight, size, Tensor.clone)]
+        linear(x, ready[0], None, "none", [], "")
+    except (
+        RuntimeError,
+        NotImplementedError,
+    ):  # this processor or build has no bf16 oneDNN kernel: the column is left out
+        return None
+    return lambda i: linear(x, ready[i % len(ready)], None, "none", [], "")
+
+
+def _cases(format: str, weight: Tensor, x: Tensor, options: Options) -> list[_Case]:
+    if format == "2:4":
+        return [_sparse(format, 0.5, weight, x)]
+    levels = [level for level in options.sparsity if format != "columns" or len(x) == 1]
+    return [(_columns if format == "columns" else _sparse)(format, level, weight, x) for level in levels]
+
+
+def _sparse(format: str, sparsity: float, weight: Tensor, x: Tensor) -> _Case:
+    """Weights of one sparsity in one format."""
+    if format == "csr":
+        masked = torch.where(torch.rand(weight.shape) >= sparsity, weight, 0).float()
+        with warnings.catch_warnings():  # "CSR support is in beta state"
+            warnings.simplefilter("ignore", UserWarning)
+            matrix = masked.to_sparse_csr()
+        size = matrix._nnz() * 8 + 8 * len(weight)
+        # one copy: it is larger than any cache at these shapes and never the fast path
+        column = x.float().t().contiguous()
+        return _Case(format, sparsity, size, lambda i: (matrix @ column).t(), _product(x, masked))
+    packed, dense = _packed(format, sparsity, weight)
+    ready = copies(packed, packed.nbytes, _clone)
+    call = lambda i: ops.linear(x, ready[i % len(ready)])  # noqa: E731
+    return _Case(format, sparsity, packed.nbytes, call, _product(x, dense))
+
+
+def _packed(format: str, sparsity: float, weight: Tensor) -> tuple[Any, Tensor]:
+    if format == "w4":
+        kept = torch.rand(len(weight), weight.shape[1] // 16) >= sparsity
+        groups = GroupQuantised.from_dense(weight, kept, 16)
+        return groups, groups.dense()
+    if format == "2:4":
+        order = torch.rand(len(weight), weight.shape[1] // 4, 4).argsort(-1)
+        kept = (order < 2).view(weight.shape)
+        return NM.from_dense(weight, 2, 4, kept), weight * kept
+    kept = torch.rand(weight.shape) >= sparsity
+    return Bitmap.from_dense(weight, kept), weight * kept
+
+
+def _columns(format: str, sparsity: float, weight: Tensor, x: Tensor) -> _Case:
+    """Dense weights and inputs of one sparsity; the choice of the inputs is timed with the product."""
+    count = int(sparsity * x.numel())
+    threshold = float(x.abs().float().flatten().sort().values[count - 1]) if count else -1.0
+    matrix = ColumnMajor.from_dense(weight)
+    beyond = torch.where(x.abs() <= threshold, 0, x)
+    ready = copies(matrix, matrix.nbytes, lambda one: ColumnMajor(one.weight.clone()))
+    size = int(torch.count_nonzero(beyond)) * weight.shape[0] * weight.element_size()
+    call: Callable[[int], object] = lambda i: ops.skipping_linear(x, ready[i % len(ready)], threshold)  # noqa: E731
+    return _Case(format, sparsity, size, call, _product(beyond, weight))
+
+
+def _clone(packed: Any) -> Any:
+    tensors = {name: value.clone() for name, value in vars(packed).items() if isinstance(value, Tensor)}
+    return replace(packed, **tensors)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return functional.linear(x.float(), weight.float())
+
+
+def _check(case: _Case) -> None:
+    """A wrong kernel is not timed."""
+    got = case.call(0)
+    if case.right.numel() and isinstance(got, Tensor):
+        error = float((got.float().reshape(case.right.shape) - case.right).abs().max() / case.right.abs().max())
+        if not error < 0.01:
+            raise RuntimeError(f"{_name(case)}: wrong by {error:.2g} of the largest output; not timed")
+
+
+def _name(case: _Case) -> str:
+    return case.format if case.sparsity is None else f"{case.format} {case.sparsity:g}"
+
+
+def _shape(text: str) -> tuple[int, int]:
+    outputs, _, inputs = text.partition("x")
+    if not (outputs.isdigit() and inputs.isdigit() and int(outputs) and int(inputs)):
+        raise UserError(f"shapes={text}: must be outputs x inputs, such as 4096x4096")
+    return int(outputs), int(inputs)

@@ -1,0 +1,263 @@
+"""Compressed weight matrices: packing, unpacking, and how many bytes they really take.
+
+``Bitmap`` holds any mask, ``NM`` n kept of every m columns, ``GroupQuantised`` whole groups of 4-bit values (GQSA,
+Zeng et al. 2024), ``ColumnMajor`` a dense matrix ordered for skipping inputs (TEAL, CATS, R-Sparse). The bits say
+"kept", as a pruning mask does: an entry that was kept and happens to be zero stays. ``dense`` gives back exactly what
+was packed. Bits are held in int64 because torch's uint64 can do little; bit j of a word (bit 0 the lowest) is column
+64 * block + j.
+
+Rows of ``Bitmap`` and ``NM`` come in groups of four that share one stream of values, in the order (group, block of 64
+columns, row in the group, ascending column): the layout that the kernels stream. Files hold plain rows (``container``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsebench.errors import UserError
+
+ROWS = 4  # rows that share a stream of values
+BLOCK = 64  # columns to a mask word
+PADDING = 64  # bytes behind the last value, for kernels that read whole vectors
+
+
+def blocks_of(columns: int) -> int:
+    """Mask words per row."""
+    return -(-columns // BLOCK)
+
+
+def popcount(words: Tensor) -> Tensor:
+    """Set bits of each int64, as int64, same shape."""
+    return torch.from_numpy(np.bitwise_count(words.contiguous().numpy().view(np.uint64)).astype(np.int64))
+
+
+def padded(values: Tensor) -> Tensor:
+    """1-D ``values`` with 64 zero bytes behind them: kernels read whole vectors, and an empty tensor has no address."""
+    return torch.nn.functional.pad(values, (0, PADDING // values.element_size()))
+
+
+def _size(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _pack(weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask words (groups, blocks, 4), values in stream order, kept entries per group."""
+    rows, columns = weight.shape
+    groups, blocks = -(-rows // ROWS), blocks_of(columns)
+    margins = (0, blocks * BLOCK - columns, 0, groups * ROWS - rows)
+    shape = (groups, ROWS, blocks, BLOCK)
+    bits = torch.nn.functional.pad(kept, margins).view(shape).transpose(1, 2).contiguous()
+    ordered = torch.nn.functional.pad(weight, margins).view(shape).transpose(1, 2)
+    words = np.packbits(bits.numpy(), axis=-1, bitorder="little").view(np.int64)
+    return torch.from_numpy(words).view(groups, blocks, ROWS), ordered[bits], bits.sum((1, 2, 3))
+
+
+def _unpack(mask: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
+    groups, blocks, _ = mask.shape
+    octets = mask.contiguous().numpy().view(np.uint8).reshape(groups, blocks, ROWS, BLOCK // 8)
+    bits = torch.from_numpy(np.unpackbits(octets, axis=-1, bitorder="little").astype(bool))
+    full = torch.zeros(bits.shape, dtype=values.dtype)
+    full[bits] = values
+    return full.transpose(1, 2).reshape(groups * ROWS, blocks * BLOCK)[:rows, :columns].contiguous()
+
+
+def _checked(weight: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A matrix on the CPU and its mask."""
+    if weight.ndim != 2:
+        raise ValueError(f"a matrix (out, in) is needed, not {tuple(weight.shape)}")
+    weight = weight.detach().cpu()
+    kept = weight != 0 if kept is None else kept.detach().cpu().bool()
+    if kept.shape != weight.shape:
+        raise ValueError(f"the mask's shape {tuple(kept.shape)} is not the weight's {tuple(weight.shape)}")
+    return weight, kept
+
+
+@dataclass(frozen=True)
+class Bitmap:
+    """A matrix (``rows``, ``columns``) of any mask. ``mask``: int64 (groups, blocks, 4); ``values``: 1-D, kept entries
+    in stream order, then 64 spare bytes; ``offsets``: int64 (groups + 1), where each group's values start."""
+
+    rows: int
+    columns: int
+    mask: Tensor
+    values: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, kept: Tensor | None = None) -> Bitmap:
+        """Packs ``weight`` (out, in); ``kept``: (out, in) bool, what is nonzero if not given."""
+        weight, kept = _checked(weight, kept)
+        mask, values, counts = _pack(weight, kept)
+        offsets = torch.zeros(len(counts) + 1, dtype=torch.int64)
+        offsets[1:] = counts.cumsum(0)
+        return cls(weight.shape[0], weight.shape[1], mask, padded(values), offsets)
+
+    def dense(self) -> Tensor:
+        """(rows, columns), zeros where nothing was kept."""
+        return _unpack(self.mask, self.stored, self.rows, self.columns)
+
+    @property
+    def stored(self) -> Tensor:
+        """The values without the spare bytes, a view."""
+        return self.values[: int(self.offsets[-1])]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of mask, values and offsets, without the spare ones."""
+        return _size(self.mask, self.stored, self.offsets)
+
+    @property
+    def density(self) -> float:
+        """Kept entries / all."""
+        return self.stored.numel() / max(1, self.rows * self.columns)
+
+
+@dataclass(frozen=True)
+class NM:
+    """A matrix (``rows``, ``columns``) with exactly ``n`` kept of each ``m`` consecutive columns of a row; ``mask``
+    and ``values`` as in ``Bitmap``, no offsets. One bit per entry: for 2:4 the size of the usual two bits per kept
+    value."""
+
+    rows: int
+    columns: int
+    n: int
+    m: int
+    mask: Tensor
+    values: Tensor
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, n: int, m: int, kept: Tensor | None = None) -> NM:
+        """Packs ``weight`` (out, in). Groups with fewer than ``n`` kept are filled with their first zeros.
+
+        ValueError where ``m`` does not divide 64 and the columns, or a group keeps more than ``n``.
+        """
+        weight, kept = _checked(weight, kept)
+        rows, columns = weight.shape
+        if not 0 < n <= m or BLOCK % m or columns % m:
+            raise ValueError(f"{n}:{m} of {columns} columns: m must divide {BLOCK} and the columns, n be 1 to m")
+        groups = kept.view(rows, columns // m, m)
+        if int(groups.sum(-1).max() if groups.numel() else 0) > n:
+            raise ValueError(f"{n}:{m}: a group keeps more than {n}")
+        # a stable sort puts the kept first and the first of the others behind them
+        filled = torch.zeros_like(groups)
+        filled.scatter_(-1, groups.int().argsort(dim=-1, descending=True, stable=True)[..., :n], True)
+        filled = filled.view(rows, columns)
+        mask, values, _ = _pack(weight.masked_fill(~kept, 0), filled)
+        return cls(rows, columns, n, m, mask, padded(values))
+
+    def dense(self) -> Tensor:
+        """(rows, columns)."""
+        return _unpack(self.mask, self.stored, self.rows, self.columns)
+
+    @property
+    def stored(self) -> Tensor:
+        """The values without the spare bytes, a view."""
+        return self.values[: self.rows * self.columns * self.n // self.m]
+
+    @property
+    def per_group(self) -> int:
+        """Values of four rows."""
+        return ROWS * self.columns * self.n // self.m
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of mask and values."""
+        return _size(self.mask, self.stored)
+
+    @property
+    def density(self) -> float:
+        """Stored entries / all."""
+        return self.n / self.m
+
+
+@dataclass(frozen=True)
+class ColumnMajor:
+    """A dense matrix stored so that the weights of one input are contiguous. ``weight``: (in, out). No smaller."""
+
+    weight: Tensor
+
+    @classmethod
+    def from_dense(cls, weight: Tensor) -> ColumnMajor:
+        """``weight``: (out, in)."""
+        return cls(weight.detach().t().contiguous())
+
+    def dense(self) -> Tensor:
+        """(out, in), a view."""
+        return self.weight.t()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight."""
+        return _size(self.weight)
+
+
+@dataclass(frozen=True)
+class GroupQuantised:
+    """Kept groups of ``group`` consecutive columns of a row, 4 bits a value (GQSA, block-sparse rows).
+
+    ``row_ptr``: int32 (rows + 1); ``column``: int16 or int32 (kept), the group's place in its row, ascending;
+    ``codes``: uint8 (kept, group / 2), two values a byte, the first in the low half; ``scale``, ``zero``: float16
+    (kept). A value is ``scale * (code - zero)``; ``zero`` may be fractional, as end-to-end tuning leaves it.
+    """
+
+    rows: int
+    columns: int
+    group: int
+    row_ptr: Tensor
+    column: Tensor
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, kept: Tensor, group: int = 16) -> GroupQuantised:
+        """Rounds the kept groups of ``weight`` (out, in) to 16 levels between each group's least and greatest value.
+
+        ``kept``: (out, in / group) bool. A constant group is exact up to float16. UserError where ``group`` is odd or
+        does not divide the columns.
+        """
+        weight = weight.detach().cpu().float()
+        rows, columns = weight.shape
+        if group % 2 or group < 2 or columns % group:
+            raise UserError(f"group_size={group}: must be even and divide the layer's {columns} inputs")
+        if kept.shape != (rows, columns // group):
+            raise ValueError(f"kept: {tuple(kept.shape)} is not (rows, groups) = {(rows, columns // group)}")
+        kept = kept.cpu().bool()
+        chosen = weight.view(rows, columns // group, group)[kept]
+        low, high = chosen.amin(-1), chosen.amax(-1)
+        scale = (high - low) / 15
+        constant = scale == 0
+        scale = torch.where(constant, torch.where(low == 0, 1.0, low.abs()), scale).half()
+        zero = torch.where(constant, (low < 0).float(), (-low / scale.float()).round()).half()
+        codes = (chosen / scale.float()[:, None] + zero.float()[:, None]).round().clamp(0, 15).to(torch.uint8)
+        row_ptr = torch.zeros(rows + 1, dtype=torch.int32)
+        row_ptr[1:] = kept.sum(1).cumsum(0)
+        place = torch.int16 if columns // group <= 2**15 else torch.int32
+        packed = codes[:, 0::2] | codes[:, 1::2] << 4
+        return cls(rows, columns, group, row_ptr, kept.nonzero()[:, 1].to(place), packed, scale, zero)
+
+    def dense(self) -> Tensor:
+        """(rows, columns) float32."""
+        codes = torch.stack([self.codes & 15, self.codes >> 4], dim=-1).view(-1, self.group)
+        values = self.scale.float()[:, None] * (codes.float() - self.zero.float()[:, None])
+        out = torch.zeros(self.rows, self.columns // self.group, self.group)
+        row = torch.repeat_interleave(torch.arange(self.rows), self.row_ptr.diff().long())
+        out[row, self.column.long()] = values
+        return out.view(self.rows, self.columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything stored."""
+        return _size(self.row_ptr, self.column, self.codes, self.scale, self.zero)
+
+    @property
+    def density(self) -> float:
+        """Kept groups / all."""
+        return self.scale.numel() * self.group / max(1, self.rows * self.columns)
+
+
+Matrix = Bitmap | NM | GroupQuantised

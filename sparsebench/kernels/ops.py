@@ -1,0 +1,158 @@
+"""Products with compressed weights on torch tensors: the C kernels where they can, the torch reference elsewhere.
+
+The kernels take float32 and bfloat16 on the CPU, inputs and weights in one dtype (``GroupQuantised``: any of the two),
+without gradients, up to 16 rows of input; more rows are bound by arithmetic, so there the weights are unpacked into
+scratch and torch multiplies. Inputs must be contiguous: ValueError says so, because a silent copy would hide the cost.
+
+Infinity and NaN: pruned entries are multiplied as zeros, so an infinite input gives NaN in every output, as the dense
+product of the masked weight does. ``skipping_linear`` never drops a NaN input. What it drops, and what a removed group
+of ``GroupQuantised`` would have been multiplied with, the C kernels do not touch: an infinity there stays silent, while
+the reference, which multiplies by zero, gives NaN.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsebench.kernels import reference
+from sparsebench.kernels.build import Library, library
+from sparsebench.kernels.formats import NM, Bitmap, ColumnMajor, GroupQuantised, Matrix
+
+MOST_ROWS = 16  # of input, for which a kernel multiplies without unpacking
+CODES = {torch.float32: 0, torch.bfloat16: 1}  # number formats, as the C side knows them
+
+
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) times weight (out, in), plus bias (out): (..., out) in the dtype of x."""
+    _check("linear", x, weight.columns, bias, weight.rows)
+    kernels = _kernels(x, bias, None if isinstance(weight, GroupQuantised) else weight.values.dtype)
+    if kernels is None:
+        return reference.linear(x, weight, bias)
+    rows = x.numel() // max(1, weight.columns)
+    if isinstance(weight, GroupQuantised):
+        return _groups(kernels, x, weight, bias, rows)
+    if rows > MOST_ROWS:
+        return functional.linear(x, _unpacked(kernels, weight), bias)
+    out = x.new_empty(*x.shape[:-1], weight.rows)
+    _run(
+        kernels.calls.sb_bitmap_gemm,
+        *_bitmap(weight), x.data_ptr(), rows, _pointer(bias), out.data_ptr(), kernels.threads(),
+    )  # fmt: skip
+    return out
+
+
+def skipping_linear(x: Tensor, weight: ColumnMajor, threshold: float, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) times weight (out, in), reading only the weights of inputs with not ``|x| <= threshold``.
+
+    One row of input goes through the kernel; several rows select different inputs and are multiplied densely.
+    """
+    inputs, outputs = weight.weight.shape
+    _check("skipping_linear", x, inputs, bias, outputs)
+    kernels = _kernels(x, bias, weight.weight.dtype)
+    if kernels is None or x.numel() != inputs:
+        return reference.skipping_linear(x, weight, threshold, bias)
+    out = x.new_empty(*x.shape[:-1], outputs)
+    selected = ctypes.c_int64()
+    _run(
+        kernels.calls.sb_columns_gemv,
+        weight.weight.data_ptr(), CODES[x.dtype], inputs, outputs, x.data_ptr(), threshold, _pointer(bias),
+        out.data_ptr(), ctypes.addressof(selected), kernels.threads(),
+    )  # fmt: skip
+    return out
+
+
+def unpacked(weight: Bitmap | NM) -> Tensor:
+    """The dense matrix (out, in), by the kernels where there are any."""
+    kernels = library() if weight.values.dtype in CODES else None
+    return weight.dense() if kernels is None else _unpacked(kernels, weight)
+
+
+def dense_gemv(x: Tensor, weight: Tensor) -> Tensor:
+    """x (in) times weight (out, in): the dense kernel that the sparse ones are compared with. (out)."""
+    _check("dense_gemv", x, weight.shape[1], None, weight.shape[0])
+    kernels = _kernels(x, None, weight.dtype)
+    if kernels is None:
+        return functional.linear(x, weight)
+    out = x.new_empty(weight.shape[0])
+    _run(
+        kernels.calls.sb_dense_gemv,
+        weight.data_ptr(), CODES[x.dtype], *weight.shape, x.data_ptr(), out.data_ptr(), kernels.threads(),
+    )  # fmt: skip
+    return out
+
+
+def read(memory: Tensor) -> float:
+    """Reads every byte of a contiguous tensor once: what no kernel can be faster than. Returns a sum of them."""
+    kernels = library()
+    if kernels is None:
+        return float(memory.view(torch.float32).sum())
+    total = ctypes.c_float()
+    size = memory.numel() * memory.element_size()
+    _run(kernels.calls.sb_read, memory.data_ptr(), size, ctypes.addressof(total), kernels.threads())
+    return total.value
+
+
+def check_status(name: str, status: int) -> None:
+    """MemoryError if a kernel could not get its scratch space."""
+    if status:
+        raise MemoryError(f"{name}: no memory for scratch space")
+
+
+def _unpacked(kernels: Library, weight: Bitmap | NM) -> Tensor:
+    out = torch.empty(weight.rows, weight.columns, dtype=weight.values.dtype)
+    _run(kernels.calls.sb_bitmap_unpack, *_bitmap(weight), out.data_ptr(), kernels.threads())
+    return out
+
+
+def _groups(kernels: Library, x: Tensor, weight: GroupQuantised, bias: Tensor | None, rows: int) -> Tensor:
+    if rows > MOST_ROWS:
+        return reference.linear(x, weight, bias)
+    out = x.new_empty(*x.shape[:-1], weight.rows)
+    _run(
+        kernels.calls.sb_groups_gemm,
+        weight.row_ptr.data_ptr(), weight.column.data_ptr(), weight.column.element_size(), weight.codes.data_ptr(),
+        weight.scale.data_ptr(), weight.zero.data_ptr(), weight.group, weight.rows, weight.columns, CODES[x.dtype],
+        x.data_ptr(), rows, _pointer(bias), out.data_ptr(), kernels.threads(),
+    )  # fmt: skip
+    return out
+
+
+def _bitmap(weight: Bitmap | NM) -> tuple[Any, ...]:
+    """The leading arguments of the bitmap kernels."""
+    where = (weight.offsets.data_ptr(), 0) if isinstance(weight, Bitmap) else (None, weight.per_group)
+    code = CODES[weight.values.dtype]
+    return weight.mask.data_ptr(), weight.values.data_ptr(), *where, code, weight.rows, weight.columns
+
+
+def _kernels(x: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Library | None:
+    """The C kernels if they can take these tensors; ``dtype``: the weight's (None: any)."""
+    fits = (
+        x.device.type == "cpu"
+        and x.dtype in CODES
+        and dtype in (None, x.dtype)
+        and (bias is None or bias.dtype == x.dtype)
+        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+    )
+    return library() if fits else None
+
+
+def _check(name: str, x: Tensor, inputs: int, bias: Tensor | None, outputs: int) -> None:
+    if x.ndim == 0 or x.shape[-1] != inputs:
+        raise ValueError(f"{name}: x has shape {tuple(x.shape)}, the weight takes {inputs} inputs")
+    if not x.is_contiguous():
+        raise ValueError(f"{name}: x must be contiguous (its strides are {x.stride()}); call x.contiguous()")
+    if bias is not None and (bias.shape != (outputs,) or not bias.is_contiguous()):
+        raise ValueError(f"{name}: bias must be a contiguous vector of {outputs}")
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _run(function: Any, *arguments: Any) -> None:
+    check_status(function.__name__, function(*arguments))
