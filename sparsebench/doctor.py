@@ -69,7 +69,10 @@ def _devices() -> Iterator[Finding]:
         built = torch.version.cuda
         why = "no GPU is visible to this CUDA build" if built else "this torch is a CPU build"
         yield "cuda", "missing", f"{why}; model.device=cpu works everywhere"
-    yield "sparse kernels", "missing", "none yet: quality and sizes are real, latency is recorded as simulated"
+    from sparsebench.kernels import build
+
+    status = build.status()
+    yield "sparse kernels", "missing" if status.startswith("reference") else "ok", status
 
 
 def _data() -> Iterator[Finding]:

@@ -83,6 +83,10 @@ class Experiment:
             fields |= columns.scores(metric, outcome) | columns.costs(sparse, outcome, counted)
             fields |= {"seconds": now - started, "seconds_evaluate": now - evaluated, "peak_memory_bytes": peak.bytes}
             rows["samples"] = outcome.samples
+            if run.options.kernel != "none":
+                from sparsebench import latency
+
+                fields |= latency.columns(sparse, run.options.kernel, int(fields.get("cost_length") or 512))
             problem = columns.problem(sparse, outcome, counted)
             if run.options.save:
                 self._save(run, sparse)

@@ -37,6 +37,9 @@ class RunOptions(Declared):
         "sparsebench-store", "folder of the records; the variable SPARSEBENCH_STORE sets another default"
     )
     force: bool = option(False, "run again although the store has the answer")
+    kernel: str = option(
+        "none", "measure milliseconds on sparse kernels; none: none are measured", choices=("none", "auto", "reference")
+    )
     save: str | None = option(None, "folder to write the sparse model to, as a plain Hugging Face model")
     format: str = option("table", "how results are printed", choices=("table", "csv", "json", "parquet"))
     batch_size: int = option(16, "rows per forward in evaluation; never changes an id", low=1, high=4096)
@@ -99,9 +102,10 @@ class Run:
         return _digest(self._sparse_model(content))
 
     def run_id(self, content: str) -> str:
-        """The id of the run: the sparse model and the task."""
+        """The id of the run: the sparse model, the task, and the kernels that are timed."""
         task = self.task.identity() | ({"corpus": self.corpus.identity()} if self.corpus else {})
-        return _digest({**self._sparse_model(content), "task": task})
+        kernel = {"kernel": self.options.kernel} if self.options.kernel != "none" else {}
+        return _digest({**self._sparse_model(content), "task": task, **kernel})
 
     def _sparse_model(self, content: str) -> dict[str, Any]:
         model = self.model.identity() | {"content": content}

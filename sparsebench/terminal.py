@@ -19,6 +19,7 @@ _GROUP = {"methods": "method", "models": "model", "tasks": "task", "corpora": "c
 LISTS = (*_GROUP, "sweeps")
 
 Row = dict[str, str]
+_PHASES = ("prefill", "decode")
 
 
 class Reporter:
@@ -61,6 +62,13 @@ class Reporter:
         print(f"sparsebench: {text}", file=sys.stderr)
 
 
+def _latency(record: dict[str, Any]) -> str:
+    if record.get("ms_decode") is None:
+        return str(record["latency"])
+    pairs = (f"{phase} {record[f'ms_{phase}']:.3g} ms, {record[f'speedup_{phase}']:.2f}x dense" for phase in _PHASES)
+    return f"{'; '.join(pairs)} ({record['latency']}, kernels: {record['kernel']})"
+
+
 def summary(record: dict[str, Any], store: Path) -> str:
     """One run in words: what was achieved, what it costs, where the record is."""
     lines = []
@@ -75,7 +83,7 @@ def summary(record: dict[str, Any], store: Path) -> str:
         lines += [
             f"FLOPs      {prefill:.3f} of dense in a prefill of {length} tokens, {decode:.3f} in decoding",
             f"bytes      {size:.3f} of dense ({record['bytes_format']}, indices counted)",
-            f"latency    {record['latency']}",
+            f"latency    {_latency(record)}",
         ]
     if record.get("warnings"):
         lines.append(f"warning    {record['warnings']}")

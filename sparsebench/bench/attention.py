@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsebench.bench.base import Report, Say
-from sparsebench.bench.paired import NOTE, Call, Measured, columns, copies, measure
+from sparsebench.costs.paired import NOTE, Call, Measured, columns, copies, measure
 from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
 from sparsebench.kernels import build

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sparsebench.bench.base import Report, Say
-from sparsebench.bench.paired import NOTE, Call, columns, measure
+from sparsebench.costs.paired import NOTE, Call, columns, measure
 from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
 from sparsebench.kernels import build, ops

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from sparsebench.bench import attention, decode, kernels
-from sparsebench.bench.paired import Measured, copies, measure
+from sparsebench.costs.paired import Measured, copies, measure
 from sparsebench.errors import UserError
 from sparsebench.kernels import build
 
@@ -78,5 +78,5 @@ def test_verdicts() -> None:
 
 
 def test_copies_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsebench.bench.paired.cache_bytes", lambda: 1000)
+    monkeypatch.setattr("sparsebench.costs.paired.cache_bytes", lambda: 1000)
     assert len(copies([1], 700, list)) == 8 and len(copies([1], 10**6, list)) == 2

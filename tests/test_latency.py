@@ -1,0 +1,49 @@
+"""``kernel=``: milliseconds on sparse kernels in the record, and logits that agree with the masked model's."""
+
+from __future__ import annotations
+
+import pytest
+from commands import Command
+
+SMALL = ["model=tiny_100k", "task.windows=1", "task.context=64"]
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+@pytest.mark.parametrize(
+    ("method", "layers"),
+    [
+        (["method=magnitude", "sparsity=0.7"], 14),
+        (["method=magnitude", "pattern=2:4"], 14),
+        (["method=teal", "sparsity=0.5", "calibration.nsamples=2", "calibration.seqlen=64"], 14),
+        (["method=dense"], 0),
+    ],
+    ids=["bitmap", "2:4", "skipping", "dense"],
+)
+def test_a_record_holds_milliseconds_of_the_swapped_model(
+    command: Command, method: list[str], layers: int, kernel: str
+) -> None:
+    assert command(*SMALL, *method).code == 0
+    answer = command(*SMALL, *method, f"kernel={kernel}")
+    assert answer.code == 0, answer.err
+    plain, timed = answer.store.records()
+    assert timed["perplexity"] == plain["perplexity"], "quality is the masked model's"
+    assert plain["latency"] == "simulated" and "ms_decode" not in plain
+    assert timed["latency"] == "measured"
+    skips = "method=teal" in method and kernel == "reference"  # the reference multiplies the zeros
+    assert timed["kernel_layers"] == (0 if skips else layers)
+    assert timed["kernel_error"] < 1e-5
+    for phase in ("prefill", "decode"):
+        assert timed[f"ms_{phase}"] > 0 and timed[f"ms_{phase}_dense"] > 0 and timed[f"speedup_{phase}"] > 0
+    assert "x dense" in answer.out
+
+
+def test_attention_that_no_kernel_runs_is_told(command: Command) -> None:
+    answer = command(*SMALL, "method=local_sink", "sparsity=0.3", "kernel=auto")
+    assert answer.code == 0, answer.err
+    (record,) = answer.store.records()
+    assert record["latency"] == "measured, but attention by the reference"
+
+
+def test_a_wrong_kernel_is_a_mistake(command: Command) -> None:
+    answer = command(*SMALL, "kernel=fast")
+    assert answer.code == 2 and "kernel=fast" in answer.err
