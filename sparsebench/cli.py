@@ -37,6 +37,7 @@ sparsebench {version}: how much quality is lost, how much cost is saved, when a 
   python -m sparsebench status|cancel <sweep>       how far it is; end its workers
   python -m sparsebench track <sweep>               mirror its records to W&B (also: tracking=wandb on run and sweep)
   python -m sparsebench logs <run id>               error, traceback and worker log of a run
+  python -m sparsebench report <sweep>              a page and a notebook: curves, claims, costs, published numbers
   python -m sparsebench claims [paper]              what papers claim, tested on the store: verdicts and why
   python -m sparsebench fit <csv> law=<name> N=<column> D=<column> value=<column>
                                                     a scaling law with its intervals (also: fit sweep=<name>)
@@ -277,6 +278,14 @@ def _results(arguments: Arguments) -> int:
     return DONE
 
 
+def _report(arguments: Arguments) -> int:
+    from sparsebench.config import Workspace
+    from sparsebench.reports import command
+
+    _print(command.run(arguments.names, _settings(arguments), store_folder(None), Workspace(arguments.config_dir)))
+    return DONE
+
+
 def _claims(arguments: Arguments) -> int:
     from sparsebench.analysis import claims_command
     from sparsebench.config import Workspace
@@ -363,6 +372,7 @@ VERBS: dict[str, Callable[[Arguments], int]] = {
     "logs": _on_store,
     "track": _track,
     "results": _results,
+    "report": _report,
     "claims": _claims,
     "fit": _fit,
     "list": _list,

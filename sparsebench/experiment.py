@@ -56,6 +56,7 @@ class Experiment:
         fitting = self._fitting(run, model_id)
         task = self._task(run)
         prepared = self._prepared(run, task, fitting.loaded)
+        fitting.check_prompts(task, prepared)
         attempt = self.store.begin(run_id, columns.identity(run, model_id) | self.extra)
         return self._finish(run, attempt, fitting, partial(task.evaluate, prepared=prepared))
 
@@ -140,16 +141,24 @@ class Experiment:
             except UserError as error:
                 yield error
                 continue
-            for run in {str((run.methods, run.calibration, run.seed)): run for run in group}.values():
+            fitted: dict[str, Fitting] = {}
+            for key, run in {_made_of(run): run for run in group}.items():
                 try:
-                    fit(self.workspace, run, "", loaded, self.drawn)
+                    fitted[key] = fit(self.workspace, run, "", loaded, self.drawn)
                 except UserError as error:
                     yield error
             for run in {str(run.task): run for run in group}.values():
                 try:
-                    self._prepared(run, self._task(run), loaded)
+                    task = self._task(run)
+                    prepared = self._prepared(run, task, loaded)
                 except UserError as error:
                     yield error
+                    continue
+                for key in {_made_of(other) for other in group if str(other.task) == str(run.task)} & fitted.keys():
+                    try:
+                        fitted[key].check_prompts(task, prepared)
+                    except UserError as error:
+                        yield error
 
     def _loader(self, run: Run) -> Any:
         return self.workspace.catalogue.load("model", run.model.name)(**run.model.options)
@@ -176,3 +185,8 @@ class Experiment:
             fitted = {one.method: one.fitted() for one in sparse.applied.attachments}
             save_model(sparse.loaded, Path(place[0]), notes, fitted)
             self.saved.add(place)
+
+
+def _made_of(run: Run) -> str:
+    """What a sparse model of one model is made of."""
+    return str((run.methods, run.calibration, run.seed))

@@ -67,6 +67,15 @@ class Fitting:
         """Whether the model's weights are as they were loaded."""
         return self.made is None or not (self.made.applied.acts_on or self.made.applied.layers)
 
+    def check_prompts(self, task: Any, prepared: Any) -> None:
+        """UserError when a method's options do not fit the task's prompts, where the task knows their lengths
+        (``prompts``) and the family cares (``check_prompts``)."""
+        lengths = getattr(task, "prompts", None)
+        for family, stack in self.families if lengths else ():
+            check = getattr(family, "check_prompts", None)
+            if check:
+                check(stack, self.loaded.model, lengths(prepared))
+
     def make(self, progress: Progress) -> SparseModel:
         """The sparse model, made on the first call."""
         if self.made is None:

@@ -86,6 +86,10 @@ class Perplexity(Declared):
         windows = ids[: count * context].view(count, context)[: self.windows]
         return {"windows": windows, "prefill": prefill, "bytes_per_token": len(text.encode()) / len(ids)}
 
+    def prompts(self, prepared: dict[str, Any]) -> list[int]:
+        """Lengths of the prompts, in tokens."""
+        return [prepared["prefill"] or prepared["windows"].shape[1] - 1]
+
     def evaluate(self, model: LoadedModel, how: Evaluation, prepared: dict[str, Any]) -> Outcome:
         losses: list[float] = []
         rows = max(1, how.batch_size * 512 // prepared["windows"].shape[1])

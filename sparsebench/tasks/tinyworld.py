@@ -78,6 +78,12 @@ class TinyworldTask(Declared):
                 raise UserError(f"task.tasks={name}: unknown tinyworld task{closest(name, tinyworld.TASKS)}")
         return {name: [self._encode(model, name, self.seed + i) for i in range(self.samples)] for name in self.tasks}
 
+    def prompts(self, prepared: dict[str, list[Encoded]]) -> list[int]:
+        """Lengths of the prompts, in tokens: the context without the question where that comes through the cache."""
+        documents = [document for group in prepared.values() for document in group]
+        cached = self.protocol == "continuation"
+        return sorted({document.question if cached else len(document.ids) for document in documents})
+
     def _encode(self, model: LoadedModel, name: str, seed: int) -> Encoded:
         queries = tinyworld.DEFAULTS[name].queries
         options = tinyworld.Options(queries=queries, keys=self.keys, hops=self.hops, items=self.items)
