@@ -17,7 +17,7 @@ from typing import Any
 
 from sparsebench import catalogue
 from sparsebench.catalogue import Catalogue, Declaration
-from sparsebench.declare import options_of
+from sparsebench.declare import INSTEAD, options_of
 from sparsebench.errors import UserError, closest
 from sparsebench.paths import data_folder
 from sparsebench.rules import check_pattern, check_stack, check_task, file_content, level_of
@@ -284,12 +284,15 @@ class _Resolver:
             changed.pop("pattern", None)
             if pattern != "unstructured":
                 changed["pattern"] = pattern
-        if "sparsity" in options:
+        native = [k for k, o in declaration.options.items() if o.unit == INSTEAD and options[k] is not None]
+        if native and options["sparsity"] is not None:
+            raise UserError(f"{where}.{native[0]}={options[native[0]]}: is given instead of sparsity; give one of them")
+        if "sparsity" in options and not native:
             own = options["sparsity"] is not None
             asked = options["sparsity"] if own else run.sparsity
             key = f"{where}.sparsity" if own else "sparsity"
             options["sparsity"] = changed["sparsity"] = level_of(key, asked, options.get("pattern", "unstructured"))
-        uses = tuple(declaration.uses) + (("sparsity",) if "sparsity" in options else ())
+        uses = tuple(declaration.uses) + (("sparsity",) if "sparsity" in options and not native else ())
         return Part("method", name, part.name, part.version, options, changed, uses, part.files)
 
     def _part(self, group: str, label: str, prefix: str) -> tuple[Declaration, Part]:

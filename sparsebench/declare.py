@@ -21,6 +21,8 @@ TARGETS = "weights training activations attention kv_cache tokens features tunin
 PHASES = "train once prefill decode prefill+decode".split()
 STAGES = "select refine recover".split()
 
+INSTEAD = "instead of sparsity"  # unit of options that set a method's level in its own terms
+
 _TAXONOMY = {
     "object": "weights weight_update activations attention kv_cache tokens experts dictionary_codes gradients "
     "graph_edges signal_coefficients loss_tokens rewards task_vectors data none",

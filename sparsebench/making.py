@@ -70,11 +70,11 @@ class Fitting:
     def check_prompts(self, task: Any, prepared: Any) -> None:
         """UserError when a method's options do not fit the task's prompts, where the task knows their lengths
         (``prompts``) and the family cares (``check_prompts``)."""
-        lengths = getattr(task, "prompts", None)
-        for family, stack in self.families if lengths else ():
-            check = getattr(family, "check_prompts", None)
-            if check:
-                check(stack, self.loaded.model, lengths(prepared))
+        if not hasattr(task, "prompts"):
+            return
+        for family, stack in self.families:
+            if hasattr(family, "check_prompts"):
+                family.check_prompts(stack, self.loaded.model, task.prompts(prepared))
 
     def make(self, progress: Progress) -> SparseModel:
         """The sparse model, made on the first call."""

@@ -115,9 +115,9 @@ class KvMethod(Declared):
 class Budgeted(KvMethod):
     """Base of methods with a budget of entries per KV head."""
 
-    budget: int | None = option(None, "entries per head, in place of sparsity", low=1, unit="tokens")
+    budget: int | None = option(None, "entries per head, in place of sparsity", low=1, unit="instead of sparsity")
     budget_bytes: int | None = option(
-        None, "bytes of one sequence's cache, in place of sparsity and budget", low=1, unit="bytes"
+        None, "bytes of one sequence's cache, in place of sparsity and budget", low=1, unit="instead of sparsity"
     )
 
     @property

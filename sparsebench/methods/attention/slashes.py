@@ -1,0 +1,108 @@
+"""Verticals and slashes: their scores from the last queries, and the tiles that a kernel makes of them.
+
+A vertical is a key column that every query computes; a slash is an offset o = i - j, a diagonal of the map. The kernel
+of MInference (Jiang et al. 2024, arXiv 2407.02490; The Sparse Frontier uses the same) computes whole tiles of ``size``
+keys for the slashes and single columns for the verticals; both sets are reproduced exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsebench.methods.attention.selections import Heads, Selection, Tiles
+
+
+@dataclass
+class SlashScores:
+    """``vertical``: (H, N) by column; ``slash``: (H, N) by offset: sums of the last queries' attention weights."""
+
+    vertical: Tensor
+    slash: Tensor
+
+
+def slash_scores(heads: Heads, rows: int) -> SlashScores:
+    """Sums over the weights of the last ``rows`` queries, down each column and along each diagonal."""
+    weights = heads.last_weights(rows)
+    tokens = heads.tokens
+    query = torch.arange(tokens - rows, tokens, device=weights.device)[:, None]
+    offset = (query - torch.arange(tokens, device=weights.device)).clamp(min=0)  # acausal weights are 0 anyway
+    flat = offset.flatten().expand(len(weights), -1)
+    slash = torch.zeros(len(weights), tokens, device=weights.device).scatter_add(1, flat, weights.flatten(1))
+    return SlashScores(weights.sum(dim=1), slash)
+
+
+def ranks(scores: Tensor, forced: int) -> Tensor:
+    """The place of each entry from the best (0) on, per head: (H, N) int64. The first ``forced`` entries come first."""
+    scores = scores.clone()
+    scores[:, :forced] = torch.inf
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, place)
+
+
+def slash_tiles(verticals: Tensor, slashes: Tensor, size: int) -> Tiles:
+    """What the kernel computes of these columns and offsets, each (H, N) bool.
+
+    For the queries s .. e - 1 of a tile, e = s + size, each offset o < e asks for the keys [max(e - o, size) - size,
+    max(e - o, size)). Walked from the largest offset on, a range that starts within ``size`` of the end of the one
+    before makes that one longer by a full ``size``. Columns inside a range are not counted again, those behind the
+    last range are dropped. ``reported``: 1 - (size^2 * tiles + size * single columns) / causal pairs, an upper bound of
+    the work that is negative where tiles exceed the triangle.
+    """
+    heads, tokens = verticals.shape
+    ends = (torch.arange(-(-tokens // size), device=verticals.device) + 1) * size  # last positions + 1 of query tiles
+    largest = _largest_below(slashes)
+    ends = ends.expand(heads, -1)
+    stop = torch.zeros_like(ends)  # where the open range ends
+    pieces = []
+    while True:
+        offset = largest.gather(1, (ends - stop).clamp(0, tokens))
+        goes = (offset >= 0) & (ends > stop)
+        if not bool(goes.any()):
+            break
+        reach = (ends - offset).clamp(min=size)
+        opens = (reach > stop + size) | (stop == 0)
+        start = torch.where(opens, reach - size, stop)
+        pieces.append(torch.where(goes, start, -1))
+        stop = torch.where(goes, start + size, stop)
+    covered = _cover(pieces, size, tokens, stop)
+    columns = verticals[:, None] & ~covered & (torch.arange(tokens, device=stop.device) < stop[..., None])
+    count = sum(((piece >= 0).sum(dim=1) for piece in pieces), torch.zeros(heads, device=stop.device))
+    work = (size * size * count + size * columns.sum(dim=(1, 2))).double()
+    return Tiles(tokens, covered | columns, size, reported=1 - work / (tokens * (tokens + 1) / 2))
+
+
+@dataclass
+class Lines(Selection):
+    """Single columns and single diagonals, without a kernel's tiles: ``columns`` (H, N) bool by key, ``slashes`` (H, N)
+    bool by offset."""
+
+    columns: Tensor
+    slashes: Tensor
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        place = torch.arange(self.tokens, device=self.columns.device)
+        offset = torch.arange(start, stop, device=place.device)[:, None] - place
+        return self.columns[:, None] | (self.slashes[:, offset.clamp(min=0)] & (offset >= 0))
+
+
+def _largest_below(present: Tensor) -> Tensor:
+    """(H, N + 1) int64: at n the largest present index below n, or -1."""
+    heads, tokens = present.shape
+    found = torch.where(present, torch.arange(tokens, device=present.device), -1).cummax(dim=1).values
+    return torch.cat([found.new_full((heads, 1), -1), found], dim=1)
+
+
+def _cover(pieces: list[Tensor], size: int, tokens: int, like: Tensor) -> Tensor:
+    """(H, tiles, N) bool: keys within a piece, each ``size`` keys from its start; starts of -1 are none."""
+    width = tokens + 2 * size + 1  # ranges may reach beyond the last key
+    edges = torch.zeros(*like.shape, width, device=like.device)
+    if pieces:
+        starts = torch.stack(pieces, dim=-1)
+        there = (starts >= 0).float()
+        starts = starts.clamp(min=0, max=width - size - 1)
+        edges.scatter_add_(2, starts, there).scatter_add_(2, starts + size, -there)
+    return edges.cumsum(dim=2)[..., :tokens] > 0.5

@@ -1,0 +1,73 @@
+"""Sparse prefill through the command line: records, bad input, stacks over two targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+from transformers import MistralConfig, MistralForCausalLM
+
+import sparsebench
+
+TOKENIZER = Path(sparsebench.__file__).parent / "models" / "weights" / "tokenizer"
+TINY = ["model=tiny_100k", "task.windows=2", "task.context=256"]
+
+
+@pytest.mark.parametrize("name", ["vertical_slash", "flexprefill"])
+def test_a_record_says_what_was_left_out_and_what_it_cost(command, name):
+    answer = command(f"method={name}", "sparsity=0.5", *TINY)
+    assert answer.code == 0, answer.err
+    record = answer.records[0]
+    assert record["status"] == "ok" and not record["flagged"]
+    assert record["achieved"] == pytest.approx(0.5, abs=0.03) == record["sparsity_mask"]
+    assert record["sparsity_reported"] < 1
+    assert record["flops_prefill"] < record["flops_prefill_dense"]
+    rows = answer.store.details("layers", record["run_id"], record["attempt"])
+    assert [row["layer"] for row in rows] == ["attention.0", "attention.1"]
+
+
+def test_it_stacks_with_a_weight_method(command):
+    answer = command("method=[magnitude,local_sink]", "sparsity=0.5", *TINY)
+    assert answer.code == 0, answer.err
+    record = answer.records[0]
+    assert record["achieved_weights"] == pytest.approx(0.5, abs=0.01)
+    assert record["achieved_attention"] == pytest.approx(0.5, abs=0.03)
+
+
+def test_two_prefill_methods_are_refused(command):
+    answer = command("method=[vertical_slash,block_sparse]", *TINY)
+    assert answer.code == 2 and "attention (prefill)" in answer.err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("method=vertical_slash method.vertical_slash.vertical_size=2 method.vertical_slash.slash_size=64", "forced"),
+        ("method=block_sparse method.block_sparse.top_chunks=2", "top_chunks=2"),
+        ("method=flexprefill method.flexprefill.gamma=1.5", "gamma=1.5"),
+        ("method=anchor_attention method.anchor_attention.theta=-1", "theta=-1"),
+        ("method=pbs_attn method.pbs_attn.threshold=0", "threshold=0"),
+        ("method=pbs_attn method.pbs_attn.block_size=16 method.pbs_attn.segment_size=40", "segment_size=40"),
+        ("method=minference method.minference.fitted_from=nothing", "fitted_from=nothing"),
+        ("method=seer_attention method.seer_attention.gate_type=Kavg", "gate_type=Kavg"),
+        ("method=local_sink method.local_sink.n_last=4", "n_last=4"),
+        ("method=vertical_slash method.vertical_slash.approximation_size=2048", "context has only 1024 tokens"),
+    ],
+)
+def test_bad_input_starts_nothing(command, words, said):
+    answer = command(*words.split(), *TINY)
+    assert answer.code == 2 and said in answer.err and answer.err.count("\n") == 1, answer.err
+    assert answer.records == []
+
+
+def test_a_model_with_windows_is_refused(command, tmp_path):
+    folder = copytree(TOKENIZER, tmp_path / "mistral")
+    MistralForCausalLM(
+        MistralConfig(
+            vocab_size=1024, hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, sliding_window=16, bos_token_id=0, eos_token_id=0,
+        )
+    ).save_pretrained(folder)  # fmt: skip
+    answer = command("method=local_sink", "model=hf", f"model.path={folder}", "task.windows=2", "task.context=32")
+    assert answer.code == 2 and "sliding" in answer.err and answer.records == []

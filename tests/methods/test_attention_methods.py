@@ -1,0 +1,147 @@
+"""What every sparse prefill method must keep: exactness with nothing dropped, targets, causality, padding, counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from prefill_models import IDS, METHODS, attachment, make_llama, run
+
+from sparsebench.errors import UserError
+from sparsebench.methods.attention.base import check, search
+from sparsebench.methods.attention.local_sink import LocalSink
+from sparsebench.methods.attention.selections import Selection
+
+
+@pytest.fixture(scope="module", params=["grouped", "multi_head"])
+def model(request):
+    return make_llama(2 if request.param == "grouped" else 4)
+
+
+@pytest.fixture(params=METHODS)
+def name(request):
+    return request.param
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_dropped_is_dense(model, name):
+    dense = run(model, None, IDS)
+    for options in ({"sparsity": 0.0}, METHODS[name].everything):
+        if options is None:
+            continue
+        logits, counted = run(model, METHODS[name].make(**options), IDS)
+        close(logits, dense)
+        assert counted.acted and counted.achieved == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("target", [0.3, 0.6])
+def test_a_target_is_reached_by_each_prompt_alone(model, name, target):
+    method = METHODS[name].make(sparsity=target)
+    logits, counted = run(model, method, IDS)
+    assert counted.achieved == pytest.approx(target, abs=METHODS[name].slack)
+    assert counted.columns["sparsity_mask"] == counted.achieved
+    assert {row["method"] for row in counted.rows} == {"test"} and len(counted.rows) == 2
+    for row in range(len(IDS)):
+        close(run(model, method, IDS[row : row + 1])[0], logits[row : row + 1])
+
+
+def test_padding_on_the_left_changes_nothing(model, name):
+    method = METHODS[name].make(sparsity=0.5)
+    pads = torch.tensor([0, 9, 30])
+    mask = (torch.arange(IDS.shape[1]) >= pads[:, None]).long()
+    places = (torch.arange(IDS.shape[1]) - pads[:, None]).clamp(min=0)
+    logits, _ = run(model, method, IDS, attention_mask=mask, position_ids=places)
+    for row, pad in enumerate(pads.tolist()):
+        alone, _ = run(model, method, IDS[row : row + 1, pad:])
+        close(logits[row : row + 1, pad:], alone)
+
+
+def test_tokens_that_follow_through_the_cache_are_dense_and_not_counted(model, name):
+    method = METHODS[name].make(sparsity=0.5)
+    whole, _ = run(model, method, IDS[:, :128])
+    handler = attachment(method, model)
+    with torch.no_grad(), handler.attached():
+        output = model(input_ids=IDS[:, :128], use_cache=True)
+        close(output.logits, whole)
+        pairs = handler.counted().rows[0]["total"]
+        model(input_ids=IDS[:, 128:140], past_key_values=output.past_key_values)
+        assert handler.counted().rows[0]["total"] == pairs == 3 * 128 * 129 / 2
+
+
+def test_indices_cost_something_unless_nothing_is_looked_for(model, name):
+    counted = run(model, METHODS[name].make(sparsity=0.5), IDS)[1]
+    cost = counted.saving.index_prefill(1024)
+    assert (cost == 0) == (name in ("local_sink", "tri_shape"))
+    assert counted.saving.index_prefill(2048) >= cost
+    assert counted.saving.pairs_prefill == pytest.approx(1 - counted.achieved)
+
+
+def test_counting_starts_anew_and_the_model_stays_as_it_was(model, name):
+    before = run(model, None, IDS)
+    method = METHODS[name].make(sparsity=0.5)
+    first, second = (run(model, method, IDS)[1] for _ in range(2))
+    assert first.achieved == second.achieved and first.rows == second.rows
+    assert run(model, None, IDS).equal(before)
+
+
+def test_small_forms_count_what_their_masks_hold(model, name, monkeypatch):
+    """Every selection's analytic count of causal pairs is that of its mask."""
+    found = []
+    method = METHODS[name].make(sparsity=0.5)
+    select = type(method).select
+
+    def kept(self, heads):
+        found.append(select(self, heads))
+        return found[-1]
+
+    monkeypatch.setattr(type(method), "select", kept)
+    run(model, method, IDS[:1, :150])
+    for selection in found:
+        mask = selection.rows(0, 150).tril()
+        torch.testing.assert_close(selection.pairs(), mask.sum(dim=(1, 2)).double(), atol=1e-6, rtol=0)
+        assert selection.rows(37, 55).equal(selection.rows(0, 150)[:, 37:55])
+
+
+def test_a_search_ends_at_the_nearest_value():
+    assert search(0, 100, 0.5, lambda n: n / 100) == 50
+    assert search(0, 100, 2.0, lambda n: n / 100) == 100
+    assert search(5, 100, 0.01, lambda n: n / 100) == 5
+    assert search(0, 10, 0.31, lambda n: (n // 5) * 0.3) == 5
+    assert search(0.0, 1.0, 0.25, lambda x: x * x) == pytest.approx(0.5, abs=0.01)
+
+
+def test_unreachable_models_are_refused():
+    with pytest.raises(UserError, match="decoder"):
+        check([("local_sink", LocalSink())], torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name, options, tokens, words", [
+    (name, *case) for name, kind in METHODS.items() for case in kind.mistakes
+])  # fmt: skip
+def test_bad_input_names_the_option(model, name, options, tokens, words):
+    with pytest.raises(UserError) as caught:
+        method = METHODS[name].kind(**options)
+        check([(name, method)], model)
+        method.check_tokens(tokens)
+    text = str(caught.value)
+    assert all(word in text for word in words) and "\n" not in text, text
+
+
+def test_local_sink_keeps_sinks_window_and_last_rows():
+    mask = Selection(6).rows(0, 6)
+    assert mask.shape == (1, 6, 6) and mask.all()
+    method = LocalSink(n_init=1, n_local=1, shape="tri_shape", n_last=2)
+    found = method.build(type("H", (), {"tokens": 6, "query": torch.zeros(1, 6, 1)}), None, 1)
+    assert found.rows(0, 6)[0].tril().int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 0, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1, 1],
+    ]
+    assert replace(method, shape="a_shape", n_last=None).native(6) == 1
