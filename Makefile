@@ -17,7 +17,7 @@ RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 LOG := $(VENV)/pip.log
 
-.PHONY: help demo table test lint docs ladder clean
+.PHONY: help demo table gallery test lint docs ladder clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
@@ -29,6 +29,9 @@ demo: $(RUN_STAMP) ## the main job on real text, then the trade-off against dens
 
 table: $(RUN_STAMP) ## the table of the README
 	$(PY) -m sparsebench.demo table
+
+gallery: $(RUN_STAMP) ## small sweeps, their reports, and a page that leads to all
+	$(PY) -m sparsebench.reports.gallery
 
 test: $(DEV_STAMP) ## the whole test suite
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile

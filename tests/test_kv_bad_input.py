@@ -6,7 +6,10 @@ import pytest
 
 CASES = {
     "windows": ("method=snapkv", "decode if protocol=continuation"),
-    "kernel": ("method=snapkv method.snapkv.kernel_size=4 task.protocol=continuation", "method.snapkv.kernel_size=4: must be odd"),
+    "kernel": (
+        "method=snapkv method.snapkv.kernel_size=4 task.protocol=continuation",
+        "method.snapkv.kernel_size=4: must be odd",
+    ),
     "window": (
         "method=snapkv method.snapkv.window_size=90 task.protocol=continuation task.prefill=64",
         "method.snapkv.window_size=90: the prompt has 64 tokens",
@@ -19,8 +22,14 @@ CASES = {
         "method=kvmerger sparsity=0.9 task.protocol=continuation",
         "method.kvmerger.sparsity=0.9: keeps",
     ),
-    "bytes": ("method=h2o method.h2o.budget_bytes=3 task.protocol=continuation", "method.h2o.budget_bytes=3: one token takes"),
-    "dense": ("method=quest method.quest.dense_layers=9 task.protocol=continuation", "method.quest.dense_layers=9: the model has"),
+    "bytes": (
+        "method=h2o method.h2o.budget_bytes=3 task.protocol=continuation",
+        "method.h2o.budget_bytes=3: one token takes",
+    ),
+    "dense": (
+        "method=quest method.quest.dense_layers=9 task.protocol=continuation",
+        "method.quest.dense_layers=9: the model has",
+    ),
 }
 
 

@@ -94,7 +94,9 @@ def _check(workspace: Workspace, plan: plans.Plan, store: Store, tail: Tail) -> 
     kinds: dict[str, plans.Planned] = {}
     for run in plan.runs:
         if tail.status(run.run_id) != "ok":
-            kinds.setdefault(str([(k, v) for k, v in run.point.items() if k.rpartition(".")[2] not in ("sparsity", "seed")]), run)
+            kinds.setdefault(
+                str([(k, v) for k, v in run.point.items() if k.rpartition(".")[2] not in ("sparsity", "seed")]), run
+            )
     if not kinds:
         return
     from sparsebench.experiment import Experiment

@@ -92,7 +92,7 @@ def test_a_sweep_that_ran(store: Store, workspace: Workspace) -> None:
     found = entries(store, workspace, "wanda")["wanda.beats_magnitude"]
     assert found["test"] == "nll(method=magnitude, calibration=null) > nll(method=wanda) for all sparsity"
     assert (found["verdict"], found["samples"], found["seeds"]) == ("reproduced", 60, 1)
-    assert found["estimate"] == pytest.approx(0.3 * 0.8) and found["at"] == "sparsity=0.3"
+    assert found["estimate"] == pytest.approx(0.3 * 0.875) and found["at"] == "sparsity=0.375"
     assert found["low"] < found["estimate"] < found["high"] and found["p_for_adjusted"] < 0.025
     assert len(found["parts"]) == 4 and found["published"]["right"] == 7.26
 
@@ -116,11 +116,11 @@ def test_nothing_was_ever_run(tmp_path: Path, workspace: Workspace) -> None:
 
 def test_part_of_the_grid_is_said(tmp_path: Path, workspace: Workspace) -> None:
     store = Store(tmp_path / "store")
-    for run in planned(workspace, store.folder, "sparsity=0.5,0.7").runs:
+    for run in planned(workspace, store.folder, "sparsity=0.5,0.75").runs:
         make(store, run)
     found = entries(store, workspace, "wanda")["wanda.beats_magnitude"]
     assert found["verdict"] == "reproduced"
-    assert found["scope"] == "this model, this calibration, without sparsity=0.3, 0.6"
+    assert found["scope"] == "this model, this calibration, without sparsity=0.375, 0.625"
 
 
 def test_another_grid_leaves_a_claim_without_its_runs(tmp_path: Path, workspace: Workspace) -> None:

@@ -241,10 +241,10 @@ def test_the_ladder_runs_its_bfloat16_files_in_float32(original: Path, monkeypat
 def test_every_yaml_agrees_with_its_declaration(file: Path) -> None:
     text = file.read_text()
     assert text.startswith("# @package model\n")
-    values = yaml.safe_load(text)
+    values = yaml.safe_load(text) or {}
     known = Catalogue()
     known.add_files((CONF.parents[1] / "sparsebench" / "models").glob("*.py"))
-    declaration = known.get("model", values.pop("kind"))
+    declaration = known.get("model", values.pop("kind", file.stem))
     for name, value in values.items():
         option = declaration.options[name]
         assert option.check(f"model.{name}", value) == value

@@ -55,7 +55,9 @@ class TopKGate(Gate):
 class TopK(PromptMethod):
     """Keeps the k largest MLP activations of each token, exactly."""
 
-    k: int | None = option(None, "entries kept of each token's vector, in place of sparsity", low=1, unit="instead of sparsity")
+    k: int | None = option(
+        None, "entries kept of each token's vector, in place of sparsity", low=1, unit="instead of sparsity"
+    )
     site: str = option(
         "gate", "what is sparse: the gate's activation, or its product with up", choices=("gate", "hidden")
     )
