@@ -123,7 +123,7 @@ def _stale(workspace: Workspace, configs: Mapping[str, Sequence[Mapping[str, Any
     belong beside those of today, nor beside each other."""
     found = {}
     for run_id, rows in configs.items():
-        for part, kind in _parts(rows[-1]["config"] if rows else {}):
+        for part, kind in parts_of(rows[-1]["config"] if rows else {}):
             today = workspace.catalogue.found[kind].get(part["name"])
             if today is not None and today.version != part["version"]:
                 found[run_id] = f"made by version {part['version']} of {part['name']}, which is now {today.version}; "
@@ -131,7 +131,7 @@ def _stale(workspace: Workspace, configs: Mapping[str, Sequence[Mapping[str, Any
     return found
 
 
-def _parts(config: Mapping[str, Any]) -> Iterable[tuple[Mapping[str, Any], str]]:
+def parts_of(config: Mapping[str, Any]) -> Iterable[tuple[Mapping[str, Any], str]]:
     for part in config.get("methods") or []:
         yield part, "method"
     for name, kind in (("task", "task"), ("calibration", "corpus"), ("model", "model")):
