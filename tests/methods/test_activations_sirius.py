@@ -115,7 +115,7 @@ def test_more_beams_are_accepted_further_and_counted(model):
     assert 1 <= filtered["advance"] <= 6
 
 
-def test_densities_are_those_of_the_sheet(model):
+def test_densities_are_the_published_ones(model):
     everything = sum(parameter.numel() for parameter in model.parameters())
     mlp = 2 * 3 * 48 * 96
     for kind, share in (("griffin", 0.5), ("cats", 2 / 3)):

@@ -83,7 +83,7 @@ def test_all_equal_vectors_stay_whole():
 
 @pytest.mark.parametrize("level", [0.3, 0.5, 0.7])
 def test_bytes_of_a_long_cache(level):
-    """The sheet's shares at head size 128 in half precision: about 65% at half, 46% at 70% of the entries pruned."""
+    """The expected shares at head size 128 in half precision: about 65% at half, 46% at 70% of the entries pruned."""
     x = torch.randn(1, 512, 128, generator=torch.Generator().manual_seed(1)).half()
     share = pack(x * survivors(x.float().abs(), level, exact=False), "channels").nbytes / (x.numel() * 2)
     assert share == pytest.approx({0.3: 0.85, 0.5: 0.66, 0.7: 0.47}[level], abs=0.02)
