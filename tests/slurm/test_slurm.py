@@ -170,13 +170,17 @@ def scores(store: Path) -> dict[str, tuple[Any, ...]]:
     return {r["run_id"]: tuple(r[c] for c in columns) for r in Store(store).records() if r["status"] == "ok"}
 
 
-def test_a_sweep_survives_its_runs_its_node_and_its_launcher(slurm, site, tmp_path, launched, monkeypatch, capsys):
+def test_a_sweep_survives_its_runs_preemption_its_node_and_its_launcher(
+    slurm, site, tmp_path, launched, monkeypatch, capsys
+):
     store = tmp_path / "store"
     launched.append(Launcher(site, store, "sixty", seconds=0.6))
     slurm.wait(lambda: ok(store) >= 6, "first records")
 
-    busy = set(slurm("squeue", "-h", "-t", "R", "-o", "%N").split())
-    assert busy == {"n1", "n2"}
+    running = [line.split() for line in slurm("squeue", "-h", "-r", "-t", "R", "-o", "%i %N").splitlines()]
+    assert {node for _, node in running} == {"n1", "n2"}
+    preempted = next(job for job, node in running if node == "n1")
+    slurm("scancel", "--signal=USR2", preempted)  # what Slurm sends before it takes a job's place or its time is up
     slurm.kill_node("n2")
     slurm.wait(lambda: ok(store) >= 16, "records after the death of a node")
     launched[0].kill()
@@ -204,6 +208,8 @@ def test_a_sweep_survives_its_runs_its_node_and_its_launcher(slurm, site, tmp_pa
     assert all(3 <= tries[r["run_id"]] <= 6 for r in records if r["status"] == "lost")  # retries=2 of two launchers
     restarted = [r for r in records if r["restarts"]]
     assert restarted, "no chunk of the dead node was started again"
+    chunk = "_" + preempted.rpartition("_")[2]
+    assert any(str(r["job"]).endswith(chunk) for r in restarted), "the preempted chunk did not go on"
     assert len({r["job"] for r in records}) < 60 / 4, "chunks were not shared"
     assert submitted >= 4
 
