@@ -29,6 +29,14 @@ class Score:
         variance = sum((value - average) ** 2 for value in values) / (n - 1)
         return cls(average, sqrt(variance / n), n)
 
+    @classmethod
+    def average(cls, scores: Sequence[Score]) -> Score:
+        """The mean over tasks; its standard error is sqrt(sum se^2) / k, the tasks being independent, or None where
+        one of them has none."""
+        errors = [score.stderr for score in scores if score.stderr is not None]
+        together = sqrt(sum(error**2 for error in errors)) / len(scores) if len(errors) == len(scores) else None
+        return cls(sum(score.value for score in scores) / len(scores), together, sum(score.n for score in scores))
+
 
 @dataclass
 class Outcome:

@@ -90,7 +90,4 @@ def _scores(samples: list[dict[str, Any]]) -> dict[str, Score]:
     for row in samples:
         values.setdefault(row["task"], []).append(row["correct"])
     each = {f"accuracy/{name}": Score.mean(one) for name, one in values.items()}
-    average = sum(score.value for score in each.values()) / len(each)
-    errors = [score.stderr for score in each.values() if score.stderr is not None]
-    together = sum(error**2 for error in errors) ** 0.5 / len(errors) if len(errors) == len(each) else None
-    return {"accuracy": Score(average, together, sum(score.n for score in each.values())), **each}
+    return {"accuracy": Score.average([*each.values()]), **each}

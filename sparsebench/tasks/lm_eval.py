@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from math import isclose, sqrt
+from math import isclose
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,7 +201,7 @@ def _outcome(asked: dict[str, dict[str, Any]], results: dict[str, Any]) -> Outco
         if metric:
             main.append(scores[f"{metric}/{name}"])
             samples |= {row["sample"]: row for leaf in leaves for row in _rows(leaf, metric, results)}
-    return Outcome({"acc": _mean(main), **scores}, list(samples.values()), _notes(results))
+    return Outcome({"acc": Score.average(main), **scores}, list(samples.values()), _notes(results))
 
 
 def _metrics(leaves: dict[str, Any]) -> list[str]:
@@ -243,13 +243,6 @@ def _rows(leaf: str, metric: str, results: dict[str, Any]) -> list[dict[str, Any
             row["acc_norm"] = float(document["acc_norm"])
         rows.append(row)
     return rows
-
-
-def _mean(scores: list[Score]) -> Score:
-    """The mean over tasks; its standard error is sqrt(sum se^2) / k, the tasks being independent."""
-    errors = [score.stderr for score in scores if score.stderr is not None]
-    stderr = sqrt(sum(error**2 for error in errors)) / len(scores) if len(errors) == len(scores) else None
-    return Score(sum(score.value for score in scores) / len(scores), stderr, sum(score.n for score in scores))
 
 
 def _notes(results: dict[str, Any]) -> dict[str, Any]:

@@ -114,11 +114,7 @@ class TinyworldTask(Declared):
                 done += len(batch)
                 how.progress(done, total)
             scores[f"accuracy/{name}"] = Score.mean(values)
-        average = sum(score.value for score in scores.values()) / len(scores)
-        errors = [score.stderr for score in scores.values()]
-        together = None if None in errors else sum(e * e for e in errors if e is not None) ** 0.5 / len(errors)
-        mean = Score(average, together, sum(score.n for score in scores.values()))
-        return Outcome({"accuracy": mean, **scores}, samples, {"length": self.length})
+        return Outcome({"accuracy": Score.average([*scores.values()]), **scores}, samples, {"length": self.length})
 
     def _batches(self, documents: list[Encoded], rows: int) -> list[list[Encoded]]:
         """Groups that can run together: any documents in one forward, equal shapes through the cache."""
