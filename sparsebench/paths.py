@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from sparsebench.errors import UserError, closest
@@ -9,6 +10,11 @@ from sparsebench.errors import UserError, closest
 FOLDERS = ("conf", "sweeps", "reports")
 
 _PACKAGE = Path(__file__).resolve().parent
+
+
+def import_path() -> str:
+    """PYTHONPATH for a child process, with which it imports the package that is running, installed or not."""
+    return os.pathsep.join(filter(None, (str(_PACKAGE.parent), os.environ.get("PYTHONPATH"))))
 
 
 def data_folder(name: str, package: Path = _PACKAGE) -> Path:

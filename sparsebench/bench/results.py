@@ -19,6 +19,7 @@ from typing import Any
 from sparsebench.bench.base import Report, Say
 from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
+from sparsebench.paths import import_path
 from sparsebench.results.record import SCHEMA, encode
 
 METHODS, LEVELS, SHARDS = 20, 50, 16
@@ -118,8 +119,7 @@ def _lines(index: int) -> list[bytes]:
 
 
 def _ask(store: Path, words: list[str]) -> dict[str, Any]:
-    package = str(Path(__file__).resolve().parents[2])
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))}
+    env = os.environ | {"PYTHONPATH": import_path()}
     started = time.perf_counter()
     ended = subprocess.run([sys.executable, "-c", _ASK, str(store), *words], env=env, capture_output=True, text=True)
     if ended.returncode:

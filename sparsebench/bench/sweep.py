@@ -22,6 +22,7 @@ from typing import Any
 from sparsebench.bench.base import Report, Say
 from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
+from sparsebench.paths import import_path
 from sparsebench.results.store import Store
 from sparsebench.run import Run
 from sparsebench.sweep import plan as plans
@@ -118,9 +119,7 @@ def _alone(options: Options, workers: int, count: int, top: Path) -> _Timed:
 
 def _command(words: Sequence[str], workers: int = 0) -> None:
     threads = max(1, (os.cpu_count() or 1) // workers) if workers else 0
-    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    package = str(Path(__file__).resolve().parents[2])
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"PYTHONPATH": import_path()} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     ended = subprocess.run([sys.executable, "-m", "sparsebench", *words], env=env, capture_output=True, text=True)
     if ended.returncode:
         raise UserError(

@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import sparsebench
 from sparsebench.errors import UserError
-from sparsebench.paths import data_folder
+from sparsebench.paths import data_folder, import_path
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -113,6 +112,4 @@ def _failed(cell: NotebookNode) -> bool:
 
 def _environment() -> dict[str, str]:
     """The kernel imports the package that is running, installed or not, and draws on no screen."""
-    package = str(Path(sparsebench.__file__).resolve().parents[1])
-    paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": paths, "MPLBACKEND": "Agg", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    return {**os.environ, "PYTHONPATH": import_path(), "MPLBACKEND": "Agg", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}

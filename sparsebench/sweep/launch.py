@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
+from sparsebench.paths import import_path
 from sparsebench.results.store import process_of, vanished
 from sparsebench.sweep.chunk import Chunk
 
@@ -175,9 +176,7 @@ class Local(OnThisMachine):
         gpus = _gpus()
         if gpus:
             env["CUDA_VISIBLE_DEVICES"] = gpus[self.count % len(gpus)]
-        package = str(Path(__file__).resolve().parents[2])
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-        return env
+        return env | {"PYTHONPATH": import_path()}
 
     def attach(self) -> dict[str, list[str]]:
         found = {name: pid for name, pid in workers(self.folder).items() if name not in self.running}
