@@ -170,6 +170,7 @@ def _read_sweep(name: str, store: Path) -> _Table:
     the notes say so."""
     from pandas import DataFrame
 
+    from sparsebench.results import query
     from sparsebench.results.store import Store
     from sparsebench.sweep.plan import newest
 
@@ -177,7 +178,7 @@ def _read_sweep(name: str, store: Path) -> _Table:
     if plan is None:
         raise UserError(f"sweep={name}: store={store} has no plan of that name; start it with: sweep {name}")
     planned = set(plan.ids())
-    records = Store(store).of(plan.ids())
+    records = query.planned(Store(store), {run.run_id: run.point for run in plan.runs}).records
     finished = [record for record in records if record["status"] == "ok"]
     kept = [record for record in finished if not record.get("flagged")]
     notes = []

@@ -19,6 +19,7 @@ from sparsebench.analysis.selection import order, same
 from sparsebench.analysis.verdicts import REPRODUCED, UNTESTED, Verdict, judge
 from sparsebench.config import Workspace
 from sparsebench.errors import UserError, closest
+from sparsebench.results import query
 from sparsebench.results.store import Store
 from sparsebench.sweep import spec
 from sparsebench.sweep.plan import Plan, newest
@@ -103,8 +104,9 @@ def _evidence(
 ) -> dict[str, Evidence]:
     """Reads the store once for all sweeps, and of the details only what their claims look at."""
     points = {sweep.name: _points(plans[sweep.name]) for sweep in sweeps}
-    wanted = {one["run_id"] for sweep in sweeps for claim in sweep.claims for one in related(claim, points[sweep.name])}
-    records = {one["run_id"]: one for one in store.of(wanted)}
+    claims = [(claim, points[sweep.name]) for sweep in sweeps for claim in sweep.claims]
+    wanted = {str(one["run_id"]): one for claim, own in claims for one in related(claim, own)}
+    records = {one["run_id"]: one for one in query.planned(store, wanted).records}
     attempts = {run_id: one["attempt"] for run_id, one in records.items() if one["status"] == "ok"}
     samples = outcomes.read(store, "samples", attempts)
     trouble = _stale(workspace, outcomes.read(store, "configs", attempts))
@@ -132,6 +134,7 @@ def _stale(workspace: Workspace, configs: Mapping[str, Sequence[Mapping[str, Any
 
 
 def parts_of(config: Mapping[str, Any]) -> Iterable[tuple[Mapping[str, Any], str]]:
+    """The parts of a stored configuration, each with its kind of declaration: label, name, version, options."""
     for part in config.get("methods") or []:
         yield part, "method"
     for name, kind in (("task", "task"), ("calibration", "corpus"), ("model", "model")):

@@ -104,11 +104,11 @@ def load(name: str, store_folder: str | Path, config_dir: str | Path | None = No
         kept = sorted(one.name for one in (store.folder / "plans").glob("*") if one.is_dir())
         hint = closest(name, kept) if kept else f"; start it with: sweep {name}"
         raise UserError(f"report {name}: store={store.folder} has no plan of that name{hint}")
-    found = _records(store, plan)
-    records = [found.by_id[run_id] for run_id in plan.ids() if run_id in found.by_id]
+    found = query.planned(store, {run.run_id: run.point for run in plan.runs})
+    records, by_id = found.records, {one["run_id"]: one for one in found.records}
     finished = [one for one in records if one["status"] == "ok"]
     if not finished:
-        states = ", ".join(f"{key} {count}" for key, count in _counts(plan, found.by_id).items() if count)
+        states = ", ".join(f"{key} {count}" for key, count in _counts(plan, by_id).items() if count)
         raise UserError(f"report {name}: none of its {len(plan.runs)} runs is finished ({states}); see: status {name}")
     _check_versions(name, store, finished)
     better = {one.metric: one.better for one in workspace.catalogue.found["task"].values()}
@@ -117,26 +117,8 @@ def load(name: str, store_folder: str | Path, config_dir: str | Path | None = No
     notes += [] if name in known else [f"there is no file of the sweep {name} any more: its claims are not known"]
     return SweepData(
         name, store, workspace, plan, spec.load(workspace, name) if name in known else None,
-        _runs(plan, found.by_id, better), records, better, notes,
+        _runs(plan, by_id, better), records, better, notes,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Found:
-    by_id: dict[str, dict[str, Any]]
-    torn: int
-
-
-def _records(store: Store, plan: Plan) -> _Found:
-    """The plan's records; the store is asked for the plan's methods, models and tasks only."""
-    filters = {}
-    for column in ("method", "model", "task"):
-        values = {str(run.point[column]) for run in plan.runs}
-        if not any("," in value for value in values):
-            filters[column] = ",".join(sorted(values))
-    found = query.records(store, filters)
-    planned = set(plan.ids())
-    return _Found({one["run_id"]: one for one in found.records if one["run_id"] in planned}, found.torn)
 
 
 def _counts(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:

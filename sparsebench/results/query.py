@@ -62,12 +62,26 @@ def records(store: Store, filters: Mapping[str, str]) -> Found:
                         known = best.get(line["run_id"])
                         if known is None or rank(line) > rank(known):
                             best[line["run_id"]] = line
+    store.torn = found.torn  # as after any other read of it
     unknown = set(filters) - set(COLUMNS)
     if unknown and not unknown <= set().union(*best.values()):
         view.check_columns(_some(store), filters)  # others may have the column
         return found
     found.records = view.select(list(best.values()), filters)
     return found
+
+
+def planned(store: Store, points: Mapping[str, Mapping[str, Any]]) -> Found:
+    """The records of these runs (run id -> its point: method, model, task ...), in their order; what has none is left
+    out. Lines of other methods, models and tasks are passed over."""
+    filters = {}
+    for column in ("method", "model", "task") if points else ():
+        values = {str(point.get(column, ",")) for point in points.values()}
+        if not any("," in value for value in values):  # a filter's values are joined by commas
+            filters[column] = ",".join(sorted(values))
+    found = records(store, filters) if points else Found()
+    known = {one["run_id"]: one for one in found.records}
+    return Found([known[run_id] for run_id in points if run_id in known], found.torn)
 
 
 def _needles(filters: Mapping[str, str]) -> list[bytes]:

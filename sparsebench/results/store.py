@@ -111,10 +111,6 @@ class Store:
         """The run's record, or None. Fast: only the run's lines are parsed, and the shards are read once."""
         return max((line for _, line in self._lines_of(run_id)), key=rank, default=None)
 
-    def of(self, run_ids: Iterable[str]) -> list[dict[str, Any]]:
-        """The records of these runs, in their order; what has none is left out. Reads no others."""
-        return [record for record in map(self.find, dict.fromkeys(run_ids)) if record is not None]
-
     def records(self) -> list[dict[str, Any]]:
         """One record a run, in order of first appearance by shard name, then line."""
         best: dict[str, dict[str, Any]] = {}
