@@ -163,12 +163,18 @@ def _find_class(file: Path, tree: ast.Module, name: str) -> tuple[Path, ast.Modu
         if isinstance(node, ast.ClassDef) and node.name == name:
             return file, tree, node
         if isinstance(node, ast.ImportFrom) and node.module and any((a.asname or a.name) == name for a in node.names):
-            if node.module == "sparsebench.declare":
-                return None
+            if node.module == "sparsebench.declare" or node.module.partition(".")[0] in sys.stdlib_module_names:
+                return None  # no options there, as in ABC
             original = next(a.name for a in node.names if (a.asname or a.name) == name)
             other = _module_file(node.module)
-            return _find_class(other, ast.parse(other.read_text(encoding="utf-8")), original)
+            return _find_class(other, _parsed(other), original)
     return None
+
+
+@cache
+def _parsed(file: Path) -> ast.Module:
+    """A file that holds bases: many methods share one."""
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def _module_file(module: str) -> Path:

@@ -8,6 +8,7 @@ Prompts may be gated in part (``sparse_tail``), decoded tokens always are.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ Frame = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
-class ActivationMethod(Declared):
+class ActivationMethod(Declared, ABC):
     """Base of methods of activation sparsity. A subclass says which gates stand where."""
 
     sparsity: float | None = option(
@@ -54,9 +55,9 @@ class ActivationMethod(Declared):
     def check_model(self, model: nn.Module, blocks: Sequence[GatedBlock]) -> None:
         """UserError when an option does not fit the model. Changes nothing."""
 
+    @abstractmethod
     def gates(self, blocks: Sequence[GatedBlock], tensors: Mapping[str, Tensor]) -> list[Gate]:
         """The gates of the whole model, from what was fitted."""
-        raise NotImplementedError
 
     def tolerance(self, blocks: Sequence[GatedBlock]) -> float:
         """How far achieved may lie from asked before the run is flagged."""
@@ -121,13 +122,13 @@ class FittedMethod(PromptMethod):
         None, "a file that save= wrote for this model and sparsity; nothing is fitted then", unit="file"
     )
 
+    @abstractmethod
     def shapes(self, blocks: Sequence[GatedBlock]) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors that ``fit`` returns."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fit(self, model: nn.Module, windows: Tensor, seed: int, progress: Progress) -> dict[str, Tensor]:
         """What is learned from the windows (sequences, tokens), by name, on the CPU. ``seed``: of random draws."""
-        raise NotImplementedError
 
 
 Named = tuple[str, ActivationMethod]

@@ -7,6 +7,7 @@ all, per linear layer, apart for prompts and for decoded tokens.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ def only(keep: Tensor, x: Tensor) -> Tensor:
     return torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-class Gate:
+class Gate(ABC):
     """Keeps some entries of the vectors at one place: the input of a linear layer, or the gate's activation.
 
     ``spares``: linear layers that need not be read where an entry is dropped, with the weights per entry;
@@ -69,9 +70,9 @@ class Gate:
         """Weights that each acted token reads beside those of kept entries."""
         return 0
 
+    @abstractmethod
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (rows, acted tokens, features) -> what takes its place, and which entries are kept (bool)."""
-        raise NotImplementedError
 
     def install(self, acting: Acting) -> list[Any]:
         """Puts the gate on the model; returns the hooks' handles."""

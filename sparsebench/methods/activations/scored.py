@@ -6,6 +6,7 @@ by count, and the uniform or greedy allocation of the block's sparsity over its 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,13 +64,13 @@ class ScoredInputs(FittedMethod):
         """What |x| is multiplied with: (in,), or None."""
         return None
 
+    @abstractmethod
     def distributions(self, seen: BlockSeen, kinds: Sequence[str]) -> dict[str, Distribution]:
         """By short name of a projection, of what thresholds are read off."""
-        raise NotImplementedError
 
+    @abstractmethod
     def threshold(self, distribution: Distribution, level: float) -> float:
         """The threshold that drops a share ``level``."""
-        raise NotImplementedError
 
     def weights(self, block: GatedBlock) -> dict[str, float]:
         """w_p of the greedy allocation, by short name."""

@@ -12,6 +12,7 @@ length for all layers: what a fixed value does is seen by giving the native opti
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ Knob = float
 
 
 @dataclass(frozen=True)
-class AttentionMethod(Declared):
+class AttentionMethod(Declared, ABC):
     """Base of sparse prefill methods. ``knobs``: the native options that set the sparsity in its place; ``within``: the
     options that count tokens of a prompt, which must have so many."""
 
@@ -92,9 +93,9 @@ class AttentionMethod(Declared):
         """The knob's range: from the fewest pairs to the most. Two ints: only whole numbers."""
         raise NotImplementedError
 
+    @abstractmethod
     def build(self, heads: Heads, seen: Any, knob: Knob) -> Selection:
         """What is computed with this knob."""
-        raise NotImplementedError
 
     def select(self, heads: Heads) -> Selection:
         """What is computed of one prompt in one layer."""
@@ -126,13 +127,13 @@ class FittedMethod(AttentionMethod):
         None, "a file that save= wrote for this model: nothing is learned then", unit="file"
     )
 
+    @abstractmethod
     def shapes(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors that ``learn`` returns."""
-        raise NotImplementedError
 
+    @abstractmethod
     def learn(self, around: Surroundings) -> dict[str, Tensor]:
         """What ``fit`` returns where nothing was loaded."""
-        raise NotImplementedError
 
     def check_model(self, model: PreTrainedModel) -> None:
         if self.fitted_from is not None:

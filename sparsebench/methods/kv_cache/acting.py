@@ -187,8 +187,9 @@ def check_prompts(stack: Sequence[Named], model: nn.Module, lengths: Iterable[in
     """UserError when a method's options do not fit prompts of so many tokens. Changes nothing."""
     for _, method in stack:
         if method.asked != 0:
+            fitted = _in_tokens(method, model)
             for tokens in lengths:
-                _in_tokens(method, model).check_prompt(tokens)
+                fitted.check_prompt(tokens)
 
 
 def apply(stack: Sequence[Named], around: Surroundings) -> Applied:

@@ -14,6 +14,7 @@ all included.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ UNBOUNDED = 2**40  # a budget that no sequence reaches
 
 
 @dataclass(frozen=True)
-class KvMethod(Declared):
+class KvMethod(Declared, ABC):
     """Base of the methods of the KV cache."""
 
     sparsity: float | None = option(
@@ -74,9 +75,9 @@ class KvMethod(Declared):
     def compress(self, now: Entries) -> None:
         """The output is computed: drop, merge or shrink entries."""
 
+    @abstractmethod
     def tally(self, now: Entries, work: Work) -> tuple[float, float]:
         """(zeros, total) of one call for ``achieved``, after ``compress``."""
-        raise NotImplementedError
 
     def stored(self, now: Entries) -> Tensor:
         """(B, K, T): what the cache holds at each query, in entries of the dense model's size."""

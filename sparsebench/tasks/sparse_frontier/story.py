@@ -6,6 +6,7 @@ people come again, but never the same pair, and no item is bought twice.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -82,7 +83,7 @@ class Story:
 
 
 @dataclass
-class StoryTask:
+class StoryTask(ABC):
     """What the three have in common: as many chapters as fit, and a question that depends on their number."""
 
     hero: str
@@ -93,9 +94,9 @@ class StoryTask:
         """The fewest chapters that there can be."""
         return 1
 
+    @abstractmethod
     def ask(self, chapters: list[Chapter], rng: Random) -> tuple[Prompt, str, Callable[[str], float | None]]:
         """The prompt about these chapters, the right answer, and how a text is scored."""
-        raise NotImplementedError
 
     def sample(self, index: int, rng: Random, page: Page) -> Sample:
         story = Story(rng, self.hero, self.extensions)
