@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,8 +66,8 @@ def columns(sparse: SparseModel, kernel: str, length: int) -> dict[str, Any]:
     }
     for phase, measured in found.items():
         ratio = measured.ratio("dense", "sparse")
-        result |= {f"ms_{phase}": 1000 * _median(measured.seconds["sparse"])}
-        result |= {f"ms_{phase}_dense": 1000 * _median(measured.seconds["dense"]), f"speedup_{phase}": ratio.median}
+        result |= {f"ms_{phase}": 1000 * median_high(measured.seconds["sparse"])}
+        result |= {f"ms_{phase}_dense": 1000 * median_high(measured.seconds["dense"]), f"speedup_{phase}": ratio.median}
     if kernels.warnings:
         result["warnings"] = "; ".join([*sparse.warnings, *kernels.warnings])
     return result
@@ -104,10 +105,6 @@ def _decode(model: Any, ids: Tensor) -> Callable[[int], Any]:
     cache = model(input_ids=ids, use_cache=True).past_key_values
     caches = [deepcopy(cache) for _ in range(6 * ROUNDS + 2)]  # more than `measure` calls
     return lambda call: model(input_ids=ids[:, :1], past_key_values=caches[call], use_cache=True).logits
-
-
-def _median(seconds: list[float]) -> float:
-    return sorted(seconds)[len(seconds) // 2]
 
 
 def _resident(sparse: SparseModel, swap: Swap | None) -> int:

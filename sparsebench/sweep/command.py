@@ -78,8 +78,8 @@ def run(workspace: Workspace, name: str, words: Sequence[str], default_store: Pa
         _say(f"plan {plan.number} of {name}: {len(new)} runs are new, {len(gone)} are no longer in it")
     redo = {run_id for run_id in plan.ids() if request.retry and tail.status(run_id) == "failed"}
     with _Display(name) as display:
-        engine = Engine(plan, store, launcher, request.options, workspace.config_dir, redo, display.look)
-        engine.tracking = tuple(request.tracking)
+        tracking = tuple(request.tracking)
+        engine = Engine(plan, store, launcher, request.options, workspace.config_dir, redo, display.look, tracking)
         counts = engine.run()
     print(_summary(name, plan, engine.tail, counts, _again(store.folder, workspace.config_dir)))
     again = mirror(request.tracking, store, name, workspace.config_dir)  # what the workers mirrored is known to it

@@ -302,7 +302,8 @@ def test_records_of_every_form(command: Command) -> None:
     natural = ["task=scbench_mix", "task.length=400", "task.turns=2", "task.samples=1"]
     answer = command(*words[:2], "model=tiny_100k", *natural)
     assert answer.code == 0, answer.err
-    found = {record["task"]: record for record in answer.records}
+    # of the two records of scbench_kv the one in golden context, whichever shard sorts last
+    found = {record["task"]: record for record in answer.records if "task.golden_context" not in record}
     assert found["scbench_recall"]["score"] > 0.99 and found["scbench_kv"]["score"] > 0.8
     assert {"score/turn1", "score/turn5", "score/later", "kv_kept_first", "tokens_reused"} <= set(found["scbench_kv"])
     assert {"score/kv", "score/mf"} <= set(found["scbench_mix"])
