@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from sparsebench.corpora import kjv, tinyworld
 from sparsebench.models.embedded import HOME
+from sparsebench.models.growing import widen
 from sparsebench.trainer import Batch, TrainConfig, Trainer
 
 if TYPE_CHECKING:
@@ -31,11 +32,14 @@ CONTEXT = 1024
 LENGTHS = ((0.10, 64), (0.22, 128), (0.45, 256), (0.80, 512), (1.0, 1024))
 # with fewer steps the short documents, on which induction heads form, get the same number of them
 FEW_STEPS = ((0.25, 64), (0.40, 128), (0.60, 256), (0.85, 512), (1.0, 1024))
+GROWN = ((0.30, 256), (0.75, 512), (1.0, 1024))  # a grown model has its induction heads already
 
 
 @dataclass(frozen=True)
 class Rung:
-    """Shape and training of one model. Every matrix side is a multiple of 8 (n:m up to 8)."""
+    """Shape and training of one model. Every matrix side is a multiple of 8 (n:m up to 8).
+
+    ``grown_from`` names the shipped rung of half the width whose function this one starts with."""
 
     hidden: int
     layers: int
@@ -45,13 +49,14 @@ class Rung:
     lr: float
     muon_lr: float
     lengths: tuple[tuple[float, int], ...] = LENGTHS
+    grown_from: str = ""
 
 
 RUNGS = {
     "tiny_100k": Rung(48, 2, 4, 128, steps=2500, lr=6e-3, muon_lr=2e-2),
     "tiny_400k": Rung(96, 3, 4, 256, steps=2000, lr=5e-3, muon_lr=2e-2, lengths=FEW_STEPS),
     "tiny_1m": Rung(128, 5, 4, 352, steps=5000, lr=4e-3, muon_lr=1.5e-2),
-    "tiny_4m": Rung(256, 5, 4, 704, steps=1600, lr=3e-3, muon_lr=1.2e-2, lengths=FEW_STEPS),
+    "tiny_4m": Rung(256, 5, 8, 704, steps=1500, lr=2e-3, muon_lr=1e-2, lengths=GROWN, grown_from="tiny_1m"),
 }
 
 
@@ -173,12 +178,14 @@ def held_out(
 
 def train(name: str, folder: Path) -> None:
     """Trains (or resumes) one rung under ``folder/name`` and writes its Hugging Face folder there."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(HOME / "tokenizer")
     rung = RUNGS[name]
     source = TinyworldSource(tokenizer)
     model = build(rung, len(tokenizer))
+    if rung.grown_from:
+        widen(LlamaForCausalLM.from_pretrained(HOME / rung.grown_from), model)
     trainer = Trainer(
         model,
         {"kjv": (KjvSource(tokenizer), 0.45), "tinyworld": (source, 0.55)},
