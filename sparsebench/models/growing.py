@@ -9,7 +9,7 @@ part from then on.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,10 +26,10 @@ def widen(narrow: LlamaForCausalLM, wide: LlamaForCausalLM, noise: float = 0.3) 
     ``noise``: standard deviation of the difference of two copies, in units of the matrix's own."""
     draw = torch.Generator().manual_seed(0)
     source = narrow.float().state_dict()
-    heads, head_dim = narrow.config.num_attention_heads, narrow.config.head_dim
-    groups = narrow.config.num_key_value_heads
+    config: Any = narrow.config
+    groups, queries = config.num_key_value_heads, config.num_attention_heads * config.head_dim
     # query heads stay beside the key/value head that they read: (q0 q1 | q2 q3) -> (q0 q1 q0 q1 | q2 q3 q2 q3)
-    rows = torch.arange(heads * head_dim).reshape(groups, 1, -1).expand(-1, 2, -1).flatten()
+    rows = torch.arange(queries).reshape(groups, 1, -1).expand(-1, 2, -1).flatten()
 
     def halves(weight: Tensor) -> Tensor:
         """(out, in) -> (out, 2 in): the copies of the input share the weight, apart by the noise."""
