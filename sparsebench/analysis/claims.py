@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsebench.analysis.expressions import Call, Expression, Value, parse
+from sparsebench.analysis import fitted
+from sparsebench.analysis.expressions import Call, Expression, Reference, Value, parse
 from sparsebench.analysis.selection import (
     NOT_OF_DENSE,
     Point,
@@ -36,7 +37,7 @@ TINY_SCALE = "yes no unsure".split()
 CLAIM_KINDS = "main secondary sanity".split()
 
 _REQUIRED = "id paper place sentence left relation tags".split()
-_KEYS = [*_REQUIRED, *"select right margin for_each quantifier unit min kind published".split()]
+_KEYS = [*_REQUIRED, *"select right margin for_each quantifier unit min kind published fit".split()]
 _ID = re.compile(r"[a-z0-9_]+\.[a-z0-9_]+")
 _KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _PERCENT = re.compile(r"(\d+(?:\.\d*)?)\s*%")
@@ -49,6 +50,7 @@ class Claim:
     ``margin`` is in units of the expression or, if ``margin_relative``, a fraction of the right side (5%
     is 0.05). ``at_least`` is the k of the quantifier of that name, else None. ``right`` is None for
     monotone relations, whose axis is the one key of ``for_each``. ``published`` is shown, never tested.
+    ``fit`` maps the variables of ``fit.<law>.<parameter>`` (``fitted.py``).
     """
 
     id: str
@@ -70,6 +72,7 @@ class Claim:
     min_seeds: int = 1
     kind: str = "main"
     published: dict[str, Value] = field(default_factory=dict, hash=False)
+    fit: dict[str, Value] = field(default_factory=dict, hash=False)
 
     @property
     def monotone(self) -> bool:
@@ -78,11 +81,12 @@ class Claim:
     @property
     def record_calls(self) -> list[Call]:
         """The distinct record calls of both sides, in order of appearance."""
-        found: list[Call] = []
-        for call in [*self.left.calls(), *(self.right.calls() if self.right else [])]:
-            if call not in found:
-                found.append(call)
-        return found
+        return list(dict.fromkeys([*self.left.calls(), *(self.right.calls() if self.right else [])]))
+
+    @property
+    def references(self) -> list[Reference]:
+        """The distinct fitted constants of both sides."""
+        return list(dict.fromkeys(one for side in (self.left, self.right) if side for one in side.references()))
 
     def select_of(self, call: Call, values: Mapping[str, Value] | None = None) -> dict[str, Value]:
         """All keys that ``call`` selects by: the claim's, then ``values`` of for_each, then its own."""
@@ -233,6 +237,7 @@ class _Loader:
             "unit": self.word("unit", "samples+seeds", UNITS),
             "kind": self.word("kind", "main", CLAIM_KINDS),
             "published": self.values("published"),
+            "fit": self.values("fit"),
         }
         self.identifier(read["id"], read["paper"])
         if self.errors:
@@ -363,8 +368,10 @@ class _Loader:
     def consistency(self, claim: Claim) -> None:
         """What only several keys together can get wrong."""
         calls = claim.record_calls
-        if not calls and not any(side.references() for side in (claim.left, claim.right) if side):
+        if not calls and not claim.references:
             self.wrong("left", str(claim.left), "neither side looks at a record")
+        for problem in fitted.problems(claim.references, claim.fit):
+            self.wrong("fit", claim.fit or _MISSING, problem)
         for key in claim.for_each:
             if key in claim.select:
                 self.wrong("for_each", list(claim.for_each), f"{key} is fixed in select")

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy
 
 from sparsebench.analysis import curves
-from sparsebench.analysis.expressions import Call, Expression, Number, Operation
+from sparsebench.analysis.expressions import Call, Expression, Number, Operation, Reference
 from sparsebench.analysis.statistics import Array, Population, Weights, mean
 
 # The same arithmetic as Expression.evaluate, over arrays: a bootstrap evaluates an expression 10,000 times.
@@ -26,15 +26,15 @@ _APPLY: dict[str, Callable[[list[Any]], Any]] = {
 }
 
 
-def evaluated(side: Expression, columns: Mapping[Call, Array]) -> Array:
-    """``side`` with a column (B,) or (1,) for each of its calls; not finite where arithmetic fails."""
+def evaluated(side: Expression, columns: Mapping[Call | Reference, Array]) -> Array:
+    """``side`` with a column (B,) or (1,) for each of its calls and fitted constants; not finite where it fails."""
 
     def value(node: Expression) -> Any:
         if isinstance(node, Number):
             return numpy.array([node.value])
         if isinstance(node, Operation):
             return _APPLY[node.op]([value(operand) for operand in node.operands])
-        if isinstance(node, Call):
+        if isinstance(node, (Call, Reference)):
             return columns[node]
         raise TypeError(f"{node} has no column")
 

@@ -17,15 +17,16 @@ from typing import Any
 
 import numpy
 
-from sparsebench.analysis import fairness
+from sparsebench.analysis import fairness, fitted
 from sparsebench.analysis.claims import Claim
-from sparsebench.analysis.expressions import Call, Expression, Value
+from sparsebench.analysis.expressions import Call, Expression, Reference, Value
 from sparsebench.analysis.leaves import Constant, Drop, Knee, Leaf, Mean, evaluated
 from sparsebench.analysis.outcomes import Outcomes, Row, Untested, column_of, layout, outcomes
 from sparsebench.analysis.selection import CURVE_LEVELS, Point, differences, matching, nearest, same, value_of
 from sparsebench.analysis.statistics import Array, Population, Weights, is_bounded
 
 Values = Mapping[str, Value]
+Node = Call | Reference
 _DENSE: dict[str, Value] = {"method": "dense"}
 _HINTS = 5000  # planned runs that are looked through for a hint
 
@@ -87,9 +88,11 @@ class Bench:
 
     def __init__(self, claim: Claim, evidence: Evidence, components: Sequence[Values]) -> None:
         self.claim, self.evidence = claim, evidence
-        if references := [one for side in (claim.left, claim.right) if side for one in side.references()]:
-            raise Untested(f"{references[0]}: a fitted constant has no samples to test it on; see the verb fit")
-        chosen = [{call: self._choose(call, one) for call in claim.record_calls} for one in components]
+        chosen: list[dict[Node, _Chosen]] = [
+            {call: self._choose(call, one) for call in claim.record_calls}
+            | {constant: self._fitted_runs(constant, one) for constant in claim.references}
+            for one in components
+        ]
         runs = [by_seed for calls in chosen for one in calls.values() for by_seed in one.all()]
         self.seeds: list[Any] = sorted({seed for one in runs for seed in one if seed is not None}) or [None]
         for by_seed in runs:
@@ -102,7 +105,7 @@ class Bench:
         self.populations = [shared.close() for shared in self._shared.values()]
         outcomes_of_all = [values for shared in self._shared.values() for values in shared.values()]
         self.bounded = bool(outcomes_of_all) and all(map(is_bounded, outcomes_of_all))
-        self.leaves: list[dict[Call, Leaf]] = [{call: self._leaf(call, one) for call, one in x.items()} for x in chosen]
+        self.leaves: list[dict[Node, Leaf]] = [{call: self._leaf(call, one) for call, one in x.items()} for x in chosen]
         if claim.unit != "none":
             self._check_minimum()
 
@@ -118,6 +121,14 @@ class Bench:
         levels = self._by_level(call, select) if curve else [self._by_seed(call, select)]
         twin = {**select, **_DENSE} if _has_twin(call) else None
         return _Chosen(levels, self._by_seed(call, twin) if twin else None)
+
+    def _fitted_runs(self, constant: Reference, values: Values) -> _Chosen:
+        """The runs that a law is fitted to: one level for all that differ in no more than their seed."""
+        groups: dict[str, list[Point]] = {}
+        for point in self._find({**self.claim.select, **values}):
+            own = {key: value for key, value in point.items() if key not in ("seed", "run_id")}
+            groups.setdefault(repr(sorted(own.items(), key=lambda one: one[0])), []).append(point)
+        return _Chosen([self._paired(constant, one, "seed" in self.claim.select) for one in groups.values()], None)
 
     def _find(self, select: Mapping[str, Value]) -> list[Point]:
         found = matching(self.evidence.points, select)
@@ -141,7 +152,7 @@ class Bench:
             raise Untested(f"{call}: runs at {len(groups)} sparsities, a knee needs {CURVE_LEVELS}")
         return [self._paired(call, groups[level], select.get("seed") is not None) for level in sorted(groups)]
 
-    def _paired(self, call: Call, found: list[Point], pinned: bool) -> dict[Any, Point]:
+    def _paired(self, call: Node, found: list[Point], pinned: bool) -> dict[Any, Point]:
         """One run per seed. A run whose seed is named serves every seed, as one without a seed does."""
         groups: dict[Any, list[Point]] = {}
         for point in found:
@@ -162,8 +173,10 @@ class Bench:
         for point in by_seed.values():
             self.evidence.record(point)
 
-    def _check_fair(self, calls: Mapping[Call, _Chosen], values: Values) -> None:
-        """What the claim itself sets apart may differ; nothing else that makes a comparison unfair may."""
+    def _check_fair(self, every: Mapping[Node, _Chosen], values: Values) -> None:
+        """What the claim itself sets apart may differ; nothing else that makes a comparison unfair may. A fit
+        compares nothing."""
+        calls = {call: one for call, one in every.items() if isinstance(call, Call)}
         first = [next(iter(level.values())) for one in calls.values() for level in one.levels]
         rows = {one["run_id"]: {**one, **self.evidence.record(one)} for one in first}
         own = {key for call in calls for key in call.select}
@@ -173,31 +186,40 @@ class Bench:
                 at = "".join(f" at {key}={value}" for key, value in values.items())
                 raise Untested(f"unfair pair{at}: {finding.sentence}")
 
-    def _collect(self, chosen: Iterable[Mapping[Call, _Chosen]]) -> None:
+    def _collect(self, chosen: Iterable[Mapping[Node, _Chosen]]) -> None:
         for calls in chosen:
             for call, one in calls.items():
-                for by_seed in one.all() if _has_outcomes(call) else ():
+                kind = self._kind(call)
+                for by_seed in one.all() if _has_outcomes(kind) else ():
                     for point in by_seed.values():
-                        self._add(call, point)
+                        self._add(kind, point)
 
-    def _add(self, call: Call, point: Point) -> None:
+    def _kind(self, node: Node) -> str:
+        return str(self.claim.fit["value"]) if isinstance(node, Reference) else node.kind
+
+    def _add(self, kind: str, point: Point) -> None:
         record = self.evidence.record(point)
         try:
-            column, score = column_of(_outcome_kind(call), record)
+            column, score = column_of(_outcome_kind(kind), record)
             found = outcomes(self.evidence.samples.get(point["run_id"], ()), column)
             self._shared.setdefault(_population(point, record), _Shared()).add(point, column, found, score)
         except Untested as problem:
             raise Untested(f"{named(point)}: {problem}") from None
 
-    def _leaf(self, call: Call, chosen: _Chosen) -> Leaf:
-        if not _has_outcomes(call):
-            return Constant(
-                numpy.array([_cost(call, self.evidence.record(p), p) for p in self._over_seeds(chosen.levels[0])])
-            )
-        levels = [self._score(call, level) for level in chosen.levels]
+    def _leaf(self, call: Node, chosen: _Chosen) -> Leaf:
+        kind = self._kind(call)
+        levels = [self._score(kind, level) for level in chosen.levels]
+        if isinstance(call, Reference):
+            firsts = [self._over_seeds(level)[0] for level in chosen.levels]
+            columns = {
+                variable: [fitted.cell(str(column), point, self.evidence.record(point)) for point in firsts]
+                for variable, column in self.claim.fit.items()
+                if variable != "value"
+            }
+            return fitted.fitted(call, columns, levels)
         if chosen.dense is None:
             return levels[0]
-        dense = self._score(call, chosen.dense)
+        dense = self._score(kind, chosen.dense)
         metric = str(self.evidence.record(self._over_seeds(chosen.dense)[0]).get("metric"))
         if metric not in self.evidence.better:
             raise Untested(f"{call}: whether more {metric} is better is not known")
@@ -210,14 +232,16 @@ class Bench:
             raise Untested(f"{call}: the achieved sparsities do not increase with what was asked")
         return Knee(call.kind.removeprefix("knee."), x, (dense, *levels), sign, metric == "perplexity")
 
-    def _score(self, call: Call, by_seed: Mapping[Any, Point]) -> Leaf:
+    def _score(self, kind: str, by_seed: Mapping[Any, Point]) -> Leaf:
         points = self._over_seeds(by_seed)
+        if not _has_outcomes(kind):
+            return Constant(numpy.array([_cost(kind, self.evidence.record(point), point) for point in points]))
         records = [self.evidence.record(point) for point in points]
         if self.claim.unit == "none":
-            return Constant(numpy.array([column_of(_outcome_kind(call), record)[1] for record in records], float))
+            return Constant(numpy.array([column_of(_outcome_kind(kind), record)[1] for record in records], float))
         keys = list(self._shared)
         key = _population(points[0], records[0])
-        columns = [column_of(_outcome_kind(call), record)[0] for record in records]
+        columns = [column_of(_outcome_kind(kind), record)[0] for record in records]
         rows = [self._shared[key].of(p["run_id"], column) for p, column in zip(points, columns, strict=True)]
         return Mean(numpy.stack(rows), self.populations[keys.index(key)], keys.index(key))
 
@@ -269,7 +293,7 @@ class _Shared:
 
 def related(claim: Claim, points: Sequence[Point]) -> list[Point]:
     """The planned runs that a test of the claim can look at, whatever the values of for_each."""
-    selects = [claim.select_of(call) for call in claim.record_calls]
+    selects = [claim.select_of(call) for call in claim.record_calls] + [claim.select for _ in claim.references]
     selects += [{**claim.select_of(call), **_DENSE} for call in claim.record_calls if _has_twin(call)]
     chosen = {id(point) for select in selects for point in matching(points, select)}
     return [point for point in points if id(point) in chosen]
@@ -295,21 +319,19 @@ def _has_twin(call: Call) -> bool:
     return call.kind == "drop" or call.kind.startswith("knee.")
 
 
-def _has_outcomes(call: Call) -> bool:
-    return call.kind in ("nll", "acc", "score", "drop") or call.kind.startswith("knee.")
+def _has_outcomes(kind: str) -> bool:
+    return kind in ("nll", "acc", "score", "drop") or kind.startswith("knee.")
 
 
-def _outcome_kind(call: Call) -> str:
-    return call.kind if call.kind in ("nll", "acc") else "score"
+def _outcome_kind(kind: str) -> str:
+    return kind if kind in ("nll", "acc") else "score"
 
 
-def _cost(call: Call, record: Row, point: Point) -> float:
+def _cost(kind: str, record: Row, point: Point) -> float:
     """The number that ``achieved`` or a cost reads. Untested when the record has none."""
     decodes = value_of(point, "task.protocol") == "continuation"
     flops = "flops_decode" if decodes else "flops_prefill"
-    column = {"achieved": "achieved", "cost.flops": flops, "cost.bytes": "bytes_weights", "cost.ms": "latency"}[
-        call.kind
-    ]
+    column = {"achieved": "achieved", "cost.flops": flops, "cost.bytes": "bytes_weights", "cost.ms": "latency"}[kind]
     value = record.get(column)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         reason = "its latency is simulated: no kernel was timed" if column == "latency" else f"it has no {column}"

@@ -30,6 +30,7 @@ REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, UNTESTED = "reproduced", "not reproduc
 VERDICTS = (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, UNTESTED)
 _BOOTSTRAP_SEEDS = 8  # the fewest, other than one, from which the bootstrap decides
 _KNEE_RESAMPLES = 1000  # a knee is searched for in each
+_FIT_RESAMPLES = 100  # a law is fitted in each
 _STRICT = (">", "<")
 
 
@@ -154,7 +155,7 @@ def _one(claim: Claim, bench: Bench, values: Values, effect: Effect) -> Part:
     if not isfinite(float(effect(Weights.ones(seeds, populations))[0])):
         raise Untested(f"{_at(values)}the expression has no value (a division by 0, a log of 0, or no knee)")
     smooth = claim.left.smooth and (claim.right is None or claim.right.smooth)
-    resamples = 10_000 if smooth or not _has_knee(claim) else _KNEE_RESAMPLES
+    resamples = _FIT_RESAMPLES if claim.references else 10_000 if smooth or not _has_knee(claim) else _KNEE_RESAMPLES
     drawn = bootstrap(effect, seeds, populations, unit=unit, resamples=resamples)
     if len(drawn.thetas) < resamples / 2:
         raise Untested(f"{_at(values)}the expression has no value in {drawn.failed} of {resamples} resamples")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsebench.analysis import fairness, ledger
+from sparsebench.analysis import fairness, fitted, ledger
 from sparsebench.analysis.claims_command import row as ledger_row
 from sparsebench.reports.data import DENSE, SweepData
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 _RESAMPLES = 200  # of a fit's bootstrap
 _FEW = 100  # samples below which a report says that they are few
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 VERDICT_COLUMNS = (
     "id paper place sentence test kind tiny_scale counts verdict estimate low high p_for p_against p_for_adjusted "
     "p_against_adjusted mde needed df samples seeds scope at why".split()
@@ -118,7 +117,7 @@ def parameters(runs: DataFrame) -> Any:
     """The parameters of each run's dense model, from its bytes and dtype (a column of numbers, gaps where unknown)."""
     if "bytes_weights_dense" not in runs or "dtype" not in runs:
         return runs["score"] * float("nan")
-    return runs["bytes_weights_dense"].astype(float) / runs["dtype"].map(_BYTES)
+    return runs["bytes_weights_dense"].astype(float) / runs["dtype"].map(fitted.BYTES)
 
 
 def fits(counted: DataFrame) -> tuple[list[Any], list[str]]:

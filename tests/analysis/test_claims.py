@@ -353,5 +353,5 @@ def test_at_least_more_than_there_is() -> None:
 
 
 def test_fitted_constants_select_no_runs() -> None:
-    loaded = claim(left="fit.power.alpha", right=0.1, select=None)
+    loaded = claim(left="fit.power.alpha", right=0.1, select=None, fit={"x": "parameters", "value": "nll"})
     assert loaded.calls() == [] and check_selects(loaded, [], [0]) == []

@@ -67,6 +67,10 @@ class Problem:
         margin = np.where(np.isfinite(high - low), 1e-6 * (high - low), 1e-9)
         return np.asarray(np.clip(inside, np.maximum(low + margin, -1e3), np.minimum(high - margin, 1e3)))
 
+    def observing(self, y: Array, clip: float = CLIP) -> Problem:
+        """The same rows with other values, (rows,)."""
+        return replace(self, y=y, z=_linked(self.law, y, clip))
+
     def bounds(self) -> tuple[Array, Array]:
         ranges = [self.law.parameters[name] for name in self.free]
         return np.array([r.to_search(r.low) for r in ranges]), np.array([r.to_search(r.high) for r in ranges])
@@ -278,11 +282,16 @@ def problem_of(
     logs = centre(raw, law.numeric) if law.rescale else dict.fromkeys(law.numeric, 0.0)
     x = {name: raw[name] / math.exp(logs[name]) if name in logs else raw[name] for name in raw}
     y = points["value"].to_numpy(dtype=np.float64)
-    observed = np.clip(y, clip, 1 - clip) if law.link == "logit" else y
     weighed = np.ones_like(y) if weights is None else np.asarray(weights, dtype=np.float64)
     if weighed.shape != y.shape or not np.all(np.isfinite(weighed) & (weighed > 0)):
         raise UserError("weights: one number > 0 a row")
-    return Problem(bound, x, logs, y, LINKS[law.link].to(observed), weighed, loss, delta, dict(fixed))
+    return Problem(bound, x, logs, y, _linked(law, y, clip), weighed, loss, delta, dict(fixed))
+
+
+def _linked(law: Law, y: Array, clip: float) -> Array:
+    """``y`` in the law's link space; not finite where it has no place there."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(LINKS[law.link].to(np.clip(y, clip, 1 - clip) if law.link == "logit" else y))
 
 
 def check_points(points: DataFrame, law: Law) -> None:
