@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsebench.methods.base import Applied, LayerReport
+from sparsebench.models.base import Read, as_it_is
 
 Fingerprint = dict[str, str]
 
@@ -37,10 +38,10 @@ class Achieved:
     missed: bool
 
 
-def fingerprint(model: nn.Module) -> Fingerprint:
+def fingerprint(model: nn.Module, read: Read = as_it_is) -> Fingerprint:
     """A hash of the bits of every parameter and buffer, to see what changed."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {name: _hash(tensor) for name, tensor in tensors}
+    found = {name: _hash(read(name, parameter)) for name, parameter in model.named_parameters()}
+    return found | {name: _hash(buffer) for name, buffer in model.named_buffers()}
 
 
 def _hash(tensor: Tensor) -> str:
@@ -50,14 +51,15 @@ def _hash(tensor: Tensor) -> str:
     return hashlib.blake2b(data.data, digest_size=16).hexdigest()
 
 
-def count(model: nn.Module, applied: Applied) -> Achieved:
-    """The achieved sparsity, counted exactly (== 0) on the stored weights of the reported layers."""
+def count(model: nn.Module, applied: Applied, read: Read = as_it_is) -> Achieved:
+    """The achieved sparsity, counted exactly (== 0) on the stored weights of the reported layers, less the zeros
+    that are stored as values."""
     rows: list[dict[str, object]] = []
     zeros = total = 0
     asked_zeros, asked_total = 0.0, 0
     for report in applied.layers:
-        weight = model.get_parameter(f"{report.layer}.weight")
-        found = int((weight == 0).sum())
+        weight = _weight(model, report, read)
+        found = int((weight == 0).sum()) - (report.spare if report.stores_zeros else 0)
         zeros, total = zeros + found, total + weight.numel()
         if report.asked is not None:
             asked_zeros, asked_total = asked_zeros + report.asked * weight.numel(), asked_total + weight.numel()
@@ -72,17 +74,22 @@ def count(model: nn.Module, applied: Applied) -> Achieved:
 
 
 def audit(
-    model: nn.Module, applied: Applied, achieved: Achieved, before: Fingerprint, data_free_of_change: bool
+    model: nn.Module,
+    applied: Applied,
+    achieved: Achieved,
+    before: Fingerprint,
+    data_free_of_change: bool,
+    read: Read = as_it_is,
 ) -> list[Audit]:
     """All audits of a sparse model. ``before``: its fingerprint as it was loaded;
     ``data_free_of_change``: the stack asks for nothing, so every bit must be as before."""
-    after = fingerprint(model)
+    after = fingerprint(model, read)
     changed = {name for name, value in after.items() if before.get(name) != value}
-    found = [_zeros(model, report) for report in applied.layers]
+    found = [_zeros(report, _weight(model, report, read)) for report in applied.layers]
     checks = [Audit("exact_zeros", not any(found), "; ".join(filter(None, found))[:500])]
     outside = sorted(changed - applied.acts_on)
     checks.append(Audit("excluded_untouched", not outside, f"changed: {', '.join(outside[:5])}" if outside else ""))
-    broken = [text for report in applied.layers if (text := _pattern(model, report))]
+    broken = [text for report in applied.layers if (text := _pattern(model, report, read))]
     checks.append(Audit("pattern_n_of_m", not broken, "; ".join(broken)[:500]))
     if data_free_of_change:
         checks.append(
@@ -92,7 +99,7 @@ def audit(
         # by what the masks removed: zeros that the model came with are nobody's act
         acted = achieved.scope > 0 and any(report.pruned for report in applied.layers)
         checks.append(Audit("acted", acted, f"asked {achieved.asked:g}, achieved {achieved.scope:g}"))
-    wild = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+    wild = [name for name, one in model.named_parameters() if not bool(torch.isfinite(read(name, one)).all())]
     checks.append(Audit("finite_weights", not wild, f"not finite: {', '.join(wild[:5])}" if wild else ""))
     return checks
 
@@ -107,17 +114,22 @@ def findings(model: nn.Module, applied: Applied, achieved: Achieved) -> Iterator
         yield f"asked sparsity {achieved.asked:.6g}, achieved {achieved.scope:.6g}"
 
 
-def _zeros(model: nn.Module, report: LayerReport) -> str:
-    found = int((model.get_parameter(f"{report.layer}.weight") == 0).sum())
+def _weight(model: nn.Module, report: LayerReport, read: Read) -> Tensor:
+    name = f"{report.layer}.weight"
+    return read(name, model.get_parameter(name))
+
+
+def _zeros(report: LayerReport, weight: Tensor) -> str:
+    found = int((weight == 0).sum())
     wanted = report.pruned + report.spare
     return "" if found == wanted else f"{report.layer}: {found} zeros, the masks say {wanted}"
 
 
-def _pattern(model: nn.Module, report: LayerReport) -> str:
+def _pattern(model: nn.Module, report: LayerReport, read: Read) -> str:
     if report.pattern == "unstructured":
         return ""
     kept, group = map(int, report.pattern.split(":"))
-    weight = model.get_parameter(f"{report.layer}.weight")
+    weight = _weight(model, report, read)
     groups = weight.shape[1] // group
     if groups == 0:
         return ""
