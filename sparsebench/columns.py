@@ -15,6 +15,7 @@ from sparsebench.run import Run
 if TYPE_CHECKING:
     from sparsebench.making import SparseModel
     from sparsebench.methods.base import Attachment, Counted
+    from sparsebench.models.compressed import Sizes
     from sparsebench.tasks.base import Outcome
 
     Uses = Sequence[tuple[Attachment, Counted]]
@@ -89,8 +90,8 @@ def costs(sparse: SparseModel, outcome: Outcome, counted: Uses) -> dict[str, Any
     length = int(outcome.notes.get("context") or outcome.notes.get("length") or min(sparse.loaded.context, 512))
     saving = reduce(mul, (use.saving for _, use in counted), NO_SAVING)
     try:
-        shape = flops.shape_of(model)
-        stored = storage.weight_bytes(model)
+        shape = flops.shape_of(model, sparse.loaded.values)
+        stored = storage.weight_bytes(model, sparse.loaded.values)
     except UserError as error:
         # not added to the sparse model's own warnings: its other tasks share them
         warnings = [*sparse.warnings, *(text for _, use in counted for text in use.warnings)]
@@ -111,6 +112,11 @@ def costs(sparse: SparseModel, outcome: Outcome, counted: Uses) -> dict[str, Any
         "bytes_decode_dense": stored.dense + kv * length,
         "latency": "simulated",
     }
+
+
+def saved(sizes: Sizes | None) -> dict[str, Any]:
+    """Bytes of the files that ``save_as=compressed`` wrote; nothing for a plain model."""
+    return {} if sizes is None else {"bytes_file": sizes.file, "bytes_file_dense": sizes.file_dense}
 
 
 def problem(sparse: SparseModel, outcome: Outcome, counted: Uses) -> str | None:

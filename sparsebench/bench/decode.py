@@ -95,7 +95,7 @@ def _report(options: Options, say: Say) -> Report:
     say("making the model")
     model = _model(options)
     variants = _variants(model, options, say)
-    step = _step(model, options)
+    step = decoding(model, options.context)
     calls: dict[str, Call] = {"torch": step, **{name: _with(model, swap, step) for name, swap in variants.items()}}
     bases = {name: calls.pop(name) for name in ("torch", "own")}
     say(f"decoding with {len(variants) + 1} variants")
@@ -185,9 +185,9 @@ def _bytes(weight: Tensor) -> int:
     return weight.numel() * weight.element_size()
 
 
-def _step(model: PreTrainedModel, options: Options) -> Call:
+def decoding(model: PreTrainedModel, context: int) -> Call:
     """Decodes one token behind a cache of ``context`` tokens, which is as long afterwards as before."""
-    ids = torch.randint(options.vocabulary, (1, options.context))
+    ids = torch.randint(model.config.get_text_config().vocab_size, (1, context))
     cache = DynamicCache(config=model.config)
     model(input_ids=ids, past_key_values=cache, use_cache=True)
     token = ids[:, :1]

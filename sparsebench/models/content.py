@@ -14,8 +14,10 @@ from sparsebench.errors import UserError
 _ALSO_HASHED = (
     "config.json tokenizer.json tokenizer_config.json tokenizer.model vocab.json merges.txt special_tokens_map.json"
 ).split()
-# What a load reads, in the order in which transformers looks for it.
+COMPRESSED = "compressed.safetensors.index.json"  # the index of compressed weights
+# What a load reads, in the order in which transformers looks for it; compressed weights last.
 _WEIGHTS = "model.safetensors model.safetensors.index.json pytorch_model.bin pytorch_model.bin.index.json".split()
+_WEIGHTS.append(COMPRESSED)
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
@@ -28,7 +30,8 @@ def one_line(error: BaseException, most: int = 200) -> str:
 
 def weights_content(folder: Path, named: str | None = None) -> str:
     """sha256 (hex) over sorted names and bytes of the weight files, the configuration, the tokenizer and
-    any Python files of a Hugging Face folder.
+    any Python files of a Hugging Face folder. The bytes are hashed as they lie there: the same weights in a
+    plain and in a compressed folder are two contents.
 
     ``named``: the option and its value for messages. UserError when the folder, its config.json or its
     weights are missing, or cannot be read.
@@ -63,6 +66,11 @@ def weight_files(folder: Path, named: str) -> list[Path]:
     if missing:
         raise UserError(f"{named}: {found.name} names shards that are missing: {', '.join(missing)}")
     return files
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether what a load of ``folder`` reads are compressed weights (``models.compressed``)."""
+    return next((name for name in _WEIGHTS if (folder / name).is_file()), None) == COMPRESSED
 
 
 def shards(file: Path, named: str) -> list[Path]:

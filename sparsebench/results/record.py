@@ -44,6 +44,8 @@ COLUMNS: dict[str, str] = {
     "bytes_weights": "bytes of the weights in the format bytes_format, indices included",
     "bytes_weights_dense": "bytes of the dense weights in the same dtype",
     "bytes_format": "the storage format that bytes_weights is counted in",
+    "bytes_file": "bytes of the weight files that save_as=compressed wrote",
+    "bytes_file_dense": "bytes of the same tensors, dense",
     "kv_bytes_per_token": "bytes of the key/value cache that are stored per token of context",
     "kv_bytes_per_token_dense": "the same for the dense model",
     "bytes_decode": "bytes of weights and cache read to decode one token after cost_length tokens",

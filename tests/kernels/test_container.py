@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsebench.errors import UserError
 from sparsebench.kernels import container
-from sparsebench.kernels.formats import NM, Bitmap
+from sparsebench.kernels.formats import NM, Bitmap, GroupQuantised
 
 
 def entries() -> dict[str, container.Entry]:
@@ -22,10 +24,26 @@ def entries() -> dict[str, container.Entry]:
     return {
         "some.weight": Bitmap.from_dense(weight * kept, kept),
         "half.weight": NM.from_dense(torch.randn(6, 64), 2, 4, torch.tensor([1, 0, 1, 0]).bool().repeat(6, 16)),
+        "groups.weight": GroupQuantised.from_dense(torch.randn(9, 64), torch.rand(9, 4) < 0.5),
         "nothing": Bitmap.from_dense(torch.zeros(3, 5)),
         "norm": torch.randn(7),
         "one": torch.tensor(3.0),
     }
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    raw = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*raw)
+
+
+def assert_same(read: container.Entry, written: container.Entry) -> None:
+    assert type(read) is type(written)
+    if isinstance(written, Tensor):
+        assert same_bits(read, written)
+        return
+    for key, value in vars(written).items():
+        found = getattr(read, key)
+        assert same_bits(found, value) if isinstance(value, Tensor) else found == value, key
 
 
 def test_round_trip_bit_for_bit(tmp_path: Path) -> None:
@@ -34,13 +52,60 @@ def test_round_trip_bit_for_bit(tmp_path: Path) -> None:
     read = container.read(file)
     assert read.keys() == written.keys()
     for name, entry in written.items():
-        if isinstance(entry, Tensor):
-            assert torch.equal(read[name], entry)
-            continue
-        assert type(read[name]) is type(entry)
-        for key, value in vars(entry).items():
-            same = getattr(read[name], key)
-            assert torch.equal(same, value) if isinstance(value, Tensor) else same == value
+        assert_same(read[name], entry)
+    again = tmp_path / "again.safetensors"
+    container.write(again, written)
+    assert again.read_bytes() == file.read_bytes()
+    tensors = load_file(file)
+    assert sum(map(container.stored_bytes, written.values())) == sum(
+        t.numel() * t.element_size() for t in tensors.values()
+    )
+
+
+SPECIAL = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -1e-45, 1.0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 9),
+    columns=st.integers(0, 140),
+    density=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+    dtype=st.sampled_from(container.VALUES),
+    pattern=st.sampled_from([None, (1, 1), (1, 2), (2, 4), (5, 8), (8, 16), (3, 32), (40, 64)]),
+    group=st.sampled_from([2, 8, 16]),
+    seed=st.integers(0, 99),
+)
+def test_any_matrix_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, rows, columns, density, dtype, pattern, group, seed
+) -> None:
+    dice = torch.Generator().manual_seed(seed)
+    if pattern:
+        columns -= columns % pattern[1]
+    weight = SPECIAL[torch.randint(len(SPECIAL), (rows, columns), generator=dice)].to(dtype)
+    kept = torch.rand(rows, columns, generator=dice) < density
+    matrices: dict[str, container.Entry] = {"bitmap": Bitmap.from_dense(weight, kept)}
+    if pattern:
+        rank = torch.rand(rows, columns // pattern[1], pattern[1], generator=dice).argsort(-1)
+        kept = (rank < pattern[0]).view(rows, columns)
+        matrices["pattern"] = NM.from_dense(weight, *pattern, kept)
+    wide = torch.randn(rows, columns // group * group, generator=dice)
+    groups = torch.rand(rows, columns // group, generator=dice) < density
+    matrices["groups"] = GroupQuantised.from_dense(wide, groups, group)
+    file = tmp_path_factory.mktemp("any") / "x.safetensors"
+    container.write(file, matrices)
+    read = container.read(file)
+    for name, matrix in matrices.items():
+        assert_same(read[name], matrix)
+    whole = read["pattern" if pattern else "bitmap"].dense()
+    assert same_bits(whole, torch.where(kept, weight, torch.zeros((), dtype=dtype)))
+
+
+def test_reading_and_writing_make_no_dense_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = entries()
+    monkeypatch.setattr("sparsebench.kernels.formats._unpack", None)
+    container.write(tmp_path / "x.safetensors", written)
+    monkeypatch.setattr("sparsebench.kernels.formats._pack", None)
+    assert_same(container.read(tmp_path / "x.safetensors")["some.weight"], written["some.weight"])
 
 
 def test_layout_is_what_the_docstring_says(tmp_path: Path) -> None:
@@ -96,18 +161,55 @@ def test_consistent_checksums_over_wrong_parts(tmp_path: Path, seed: int) -> Non
     file, dice = tmp_path / "x.safetensors", random.Random(seed)
     container.write(file, entries())
     tensors = load_file(file)
-    name = dice.choice(["some.weight", "half.weight"])
-    part = dice.choice(container.PARTS)
-    damaged = _damaged(tensors[f"{name}.{part}"], dice, values=part == "values")
+    name = dice.choice(["some.weight", "half.weight", "groups.weight"])
+    groups = name == "groups.weight"  # in which another offset can be as good
+    part = dice.choice(container.GROUP_PARTS if groups else container.PARTS)
+    damaged = _damaged(tensors[f"{name}.{part}"], dice, values=part == "values" or groups)
     if damaged is None:
         del tensors[f"{name}.{part}"]
     else:
         tensors[f"{name}.{part}"] = damaged
+    save_with_checksums(tensors, file)
+    with pytest.raises(UserError, match=r"damaged: (some|half|groups)\.weight"):
+        container.read(file)
+
+
+def save_with_checksums(tensors: dict[str, Tensor], file: Path, **changed: object) -> None:
+    """As a forger would: everything fits but the parts; ``changed``: of the header of the quantised groups."""
     headers = {key: container._header(entry) for key, entry in entries().items() if not isinstance(entry, Tensor)}
+    headers["groups.weight"] |= changed
     checksums = {key: container._checksum(tensor) for key, tensor in tensors.items()}
     metadata = {"format": container.FORMAT, "version": container.VERSION}
     save_file(tensors, file, metadata | {"matrices": json.dumps(headers), "checksums": json.dumps(checksums)})
-    with pytest.raises(UserError, match=r"damaged: (some|half)\.weight"):
+
+
+@pytest.mark.parametrize(
+    ("part", "at", "value", "message"),
+    [
+        ("row_ptr", 0, 1, "does not divide"),
+        ("row_ptr", 3, 2**31 - 1, "does not divide"),
+        ("row_ptr", -1, 0, "does not divide"),
+        ("column", 0, -1, "outside the matrix"),
+        ("column", 0, 4, "outside the matrix"),
+        ("column", slice(None), 0, "does not ascend"),
+    ],
+)
+def test_groups_that_a_kernel_would_read_foreign_memory_by(tmp_path: Path, part, at, value, message) -> None:
+    file = tmp_path / "x.safetensors"
+    container.write(file, entries())
+    tensors = load_file(file)
+    tensors[f"groups.weight.{part}"][at] = value
+    save_with_checksums(tensors, file)
+    with pytest.raises(UserError, match=rf"damaged: groups\.weight.*{message}"):
+        container.read(file)
+
+
+@pytest.mark.parametrize("group", [0, 1, 3, -2, 128, 32, "16", None, 1.5])
+def test_groups_of_an_impossible_size(tmp_path: Path, group: object) -> None:
+    file = tmp_path / "x.safetensors"
+    container.write(file, entries())
+    save_with_checksums(load_file(file), file, group=group)
+    with pytest.raises(UserError, match=r"damaged: groups\.weight"):
         container.read(file)
 
 
