@@ -16,7 +16,19 @@ import pandas as pd
 from sparsebench import __version__
 from sparsebench.analysis.selection import order
 from sparsebench.analysis.statistics import swap_rate
-from sparsebench.reports import data, facts, figures, levels, published, show
+from sparsebench.reports import (
+    cost_figures,
+    crossings,
+    data,
+    facts,
+    figures,
+    length_law,
+    levels,
+    multiples,
+    over_tasks,
+    published,
+    show,
+)
 from sparsebench.reports.style import drawing, looks
 
 sweep = data.load(SWEEP, STORE, CONFIG_DIR)
@@ -225,9 +237,9 @@ elif not findings:
 
 # %% tradeoff
 panels = list(dict.fromkeys(zip(points["model"], points["task"], strict=True)))
-MOST = 24  # panels that are drawn; curves.csv has all
+MOST = 24  # panels that are drawn one by one; beyond, a figure a task with small ones
 spans = {task: figures.limits(own, sweep.naive) for task, own in points.groupby("task")}
-for model, task in panels[:MOST]:
+for model, task in panels if len(panels) <= MOST else ():
     here = points[(points["model"] == model) & (points["task"] == task)]
     if (here["method"] == "dense").all():
         continue
@@ -240,8 +252,17 @@ for model, task in panels[:MOST]:
     with drawing(name):
         drawn = figures.tradeoff(here, looks, knees[(knees["model"] == model) & (knees["task"] == task)], spans[task])
         show.figure(drawn, name, caption, f"{here['metric'].iloc[0]} over achieved sparsity, {model}, {task}")
-if len(panels) > MOST:
-    show.says(f"{len(panels) - MOST} more panels are not drawn; their points are in curves.csv.")
+named = points.assign(name=points["task"].str.partition(" ")[0], setting=points["task"].map(over_tasks.setting_of))
+ACROSS = 3  # settings of a task side by side
+settings = list(dict.fromkeys(named["setting"]))
+for first in range(0, len(settings) if len(panels) > MOST else 0, ACROSS):
+    across = settings[first : first + ACROSS]
+    for task, own in named[named["setting"].isin(across)].groupby("name", sort=False):
+        file = show.file_name("tradeoff", task, across[0])
+        with drawing(file):
+            drawn = multiples.tradeoffs(own, looks)
+            show.figure(drawn, file, f"{task}: n = {own['n'].min():.0f}, bands of one standard error, {source}.",
+                        f"{own['metric'].iloc[0]} over achieved sparsity, {task}, by size and setting")  # fmt: skip
 
 # %% curve_table
 columns = ["model", "task", "method", "requested", "achieved", "score", "ci_low", "ci_high", "n", "seeds", "flags"]
@@ -333,11 +354,25 @@ else:
         "The Sparse Frontier): with few samples a loss is easily overlooked."
     )
     tested = safe[safe["n"].notna()].reset_index(drop=True)
-    with drawing("safe"):
-        caption = f"Safe sparsity, n = {tested['n'].min():.0f}, {source}."
-        show.figure(
-            figures.safe_levels(tested, looks), "safe", caption, "Largest safe sparsity of each method by two rules"
-        )
+    caption = f"Safe sparsity, n = {tested['n'].min():.0f}, {source}."
+    ROWS = 40  # beyond, a map in place of a line each
+    if len(tested) <= ROWS:
+        with drawing("safe"):
+            drawn = figures.safe_levels(tested, looks)
+            show.figure(drawn, "safe", caption, "Largest safe sparsity of each method by two rules")
+    tested["setting"] = tested["task"].map(over_tasks.setting_of)
+    tested["name"] = tested["task"].str.partition(" ")[0]
+    who = tested.groupby("setting", sort=False)["method"].agg(lambda own: ", ".join(dict.fromkeys(own)))
+    for number, (_, places) in enumerate(who.groupby(who, sort=False) if len(tested) > ROWS else ()):
+        own = tested[tested["setting"].isin(places.index)]
+        with drawing(f"safe-{number}"):
+            drawn = multiples.safe_map(own, looks)
+            show.figure(drawn, f"safe-{number}", f"{caption} In a cell: the level to rely on / no loss detected.",
+                        "Largest safe sparsity of each method and model on each task by two rules")  # fmt: skip
+    over = over_tasks.safe_over_tasks(safe)
+    if (over["tasks"] > 1).any():
+        show.table(over, "safe_over_tasks", "Safe levels over the tasks of a setting (a task without one counts 0): "
+                   f"mean, std, and the minimum with its task, by each rule, {source}.")  # fmt: skip
     show.table(safe, "safe", f"The largest sparsity that keeps the quality, {source}.", digits={"n": ".0f"})
     floor = (
         safe.fillna({"non_inferior": 0})
@@ -359,13 +394,11 @@ COSTS = {
     "bytes_weights": "bytes of weights",
     "kv_bytes_per_token": "cache bytes",
     "bytes_decode": "bytes read, decode",
-    "latency": "measured ms",
+    "ms_prefill": "measured ms, prefill",
+    "ms_decode": "measured ms, decode",
 }
-costs = used.copy()
-if "latency" in costs:
-    costs["latency"] = pd.to_numeric(costs["latency"], errors="coerce")
-have = facts.first(costs, list(COSTS))
-mean_costs = costs.groupby(data.LEVEL, dropna=False, sort=False)[have].mean().reset_index(drop=True)
+have = facts.first(used, list(COSTS))
+mean_costs = used.groupby(data.LEVEL, dropna=False, sort=False)[have].mean().reset_index(drop=True)
 with_costs = pd.concat([points, mean_costs], axis=1)  # both are in the order of the levels
 shares = with_costs[["model", "task", "method", "requested", "achieved"]].copy()
 dense_costs = with_costs[with_costs["method"] == "dense"].drop_duplicates(["model", "task"])
@@ -373,7 +406,7 @@ for name in have:
     base = dense_costs.set_index(["model", "task"])[name].reindex(pd.MultiIndex.from_frame(shares[["model", "task"]]))
     shares[COSTS[name]] = with_costs[name].to_numpy() / base.to_numpy()
 if have:
-    time = "" if "latency" in have else " Time is simulated: no kernel was timed."
+    time = "" if "ms_prefill" in have else " Time is simulated: no kernel was timed."
     show.table(dense_costs[["model", "task", *have]].rename(columns=COSTS), "costs_dense", f"The dense models.{time}")
     show.table(shares[shares["method"] != "dense"], "costs", f"Costs as a share of the dense model's, {source}.",
                digits=dict.fromkeys(shares.columns[4:], ".3f"))  # fmt: skip
@@ -387,11 +420,16 @@ else:
 
 # %% frontier
 usable = with_costs[~with_costs["hollow"]]
+if usable["task"].nunique() > over_tasks.MOST:
+    means = over_tasks.pooled(usable, have)
+    if len(means):
+        usable = means
+        show.says("Costs are shown for the mean over the tasks of a setting; each task is in curves.csv.")
 frames = []
 for task, own in usable.groupby("task", sort=False):
     for name in have:
         on = own[own[name].notna() & (own[name] > 0)]
-        if len(on) < 2 or on[name].nunique() < 2:
+        if len(on) < 2 or on[name].nunique() < 2 or not over_tasks.saves(on, name):
             continue
         front = levels.front(on, name, outcomes)
         frames.append(front.assign(axis=name, cost=front[name]))
@@ -409,6 +447,63 @@ if frames:
                digits={"cost": ",.6g", "share": ".3f"})  # fmt: skip
 else:
     show.empty("No cost differs between two points: there is no frontier to draw.")
+
+# %% [markdown] sizes
+# ### Which size for a cost
+# At each cost, the best quality that every model size reaches with any method (interpolated along each method's own
+# curve). Dashed, with its 95% band: the cost at which two neighbouring sizes change places.
+
+# %% iso_cost
+frames = []
+for task, own in usable.groupby("task", sort=False):
+    for name in have:
+        on = own[own[name].notna() & (own[name] > 0)]
+        if len(crossings.sizes(on, name)) < 2 or not over_tasks.saves(on, name):
+            continue
+        crossed = crossings.crossings(on, name, outcomes)
+        frames.append(crossed.assign(task=task, axis=COSTS[name]))
+        file = show.file_name("iso_cost", task, name)
+        with drawing(file):
+            drawn = cost_figures.iso_cost(on, crossed, name, COSTS[name])
+            show.figure(drawn, file, f"{task}: the best of each size against {COSTS[name]}, {source}.",
+                        f"Best quality of each model size over {COSTS[name]}, {task}")  # fmt: skip
+if frames:
+    crossed = pd.concat(frames)[["task", "axis", "model", "larger", "cost", "low", "high", "share"]]
+    show.table(crossed, "crossovers", "Costs above which the larger of two neighbouring sizes is the better one, with "
+               f"95% intervals and the share of resamples that have a crossover (empty: they do not change places), "
+               f"{source}.", digits={"cost": ",.4g", "low": ",.4g", "high": ",.4g", "share": ".3f"})  # fmt: skip
+    operations = [name for name in have if name.startswith("flops_") and over_tasks.saves(usable, name)]
+    equal = pd.concat(
+        [over_tasks.equal_costs(usable, name, crossings.sizes(usable, name)).assign(axis=COSTS[name])
+         for name in operations]
+    ) if operations else pd.DataFrame()  # fmt: skip
+    if len(equal):
+        show.table(equal, "equal_flops", "Large and sparse against small and dense at no more FLOPs: the best point of "
+                   "the larger size that costs no more than the smaller one densely (empty: it has none; cheapest: its "
+                   f"lowest cost over that cost), {source}.", digits={"cost": ",.4g"})  # fmt: skip
+else:
+    show.empty("One model size: there is nothing to choose between.")
+
+# %% [markdown] time
+# ### Milliseconds
+# Timed on sparse kernels in turn with the same model run densely. Dashed: the speed-up that its bound (FLOPs of a
+# prefill, bytes read in decoding) would allow. A tick: the sparsity from which it pays.
+
+# %% latency
+timed = crossings.speed(used)
+for (model, phase), own in timed.groupby(["model", "phase"], sort=False):
+    file = show.file_name("latency", model, phase)
+    with drawing(file):
+        drawn = cost_figures.latency(own, looks)
+        show.figure(drawn, file, f"{model}, {phase}: milliseconds and speed-up, {source}.",
+                    f"Milliseconds and speed-up of {phase} over achieved sparsity, {model}")  # fmt: skip
+if len(timed):
+    pays = timed.groupby(["model", "phase", "method"], sort=False)[["achieved", "speedup"]].apply(crossings.break_even)
+    pays = pays.rename("pays_from").reset_index()
+    show.table(timed.merge(pays, on=["model", "phase", "method"]), "latency", "Measured and theoretical speed-up over "
+               f"dense (geometric mean over runs, lowest and highest), {source}.")  # fmt: skip
+else:
+    show.empty("No run was timed on a sparse kernel (kernel=auto does that).")
 
 # %% [markdown] mechanism
 # ## Where the zeros are
@@ -439,7 +534,23 @@ show.empty("Mask maps and distributions of activations are not drawn: records ke
 
 # %% fits
 results, reasons = facts.fits(counted)
+by_length, why = length_law.fits(sweep, counted)
+results, reasons = [*results, *by_length], [*reasons, *why]
 show.laws(results, source)
+if by_length:
+    show.says(
+        "The log-linear law of accuracy, for each phase by two estimators: *binomial*, the likelihood of the outcomes, "
+        "and *ols*, least squares on clipped logits as in the paper. Each axis in turn was held out: the law was fitted "
+        "without its highest value and predicts it."
+    )
+    for one in by_length:
+        file = show.file_name("heldout", one.name)
+        with drawing(file):
+            drawn = multiples.heldout(length_law.predictions(one), one.name)
+            show.figure(drawn, file, f"{one.name}: what was held out, {source}.",
+                        f"Predicted over observed accuracy on the held-out slices, {one.name}")  # fmt: skip
+    show.table(length_law.table(by_length), "heldout", "What each fit predicts of the slice that was held out, over all "
+               f"tasks and by task: R2, Spearman's rho, mean absolute error, {source}.")  # fmt: skip
 if not results:
     show.empty("No law is fitted. " + "; ".join(reasons) + ".")
 

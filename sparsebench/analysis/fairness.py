@@ -241,7 +241,7 @@ def _budget(group: _Group) -> list[Finding]:
 
 
 def _latency(rows: Sequence[Row]) -> list[Finding]:
-    timed = [row for row in rows if isinstance(row.get("latency"), (int, float))]
+    timed = [row for row in rows if isinstance(row.get("ms_prefill"), (int, float))]
     if not timed or len(timed) == len(rows):
         return []
     return [Finding("warning", "latency", f"Latency was measured only for {_names(timed)}.", _ids(timed))]

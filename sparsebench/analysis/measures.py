@@ -331,9 +331,10 @@ def _cost(kind: str, record: Row, point: Point) -> float:
     """The number that ``achieved`` or a cost reads. Untested when the record has none."""
     decodes = value_of(point, "task.protocol") == "continuation"
     flops = "flops_decode" if decodes else "flops_prefill"
-    column = {"achieved": "achieved", "cost.flops": flops, "cost.bytes": "bytes_weights", "cost.ms": "latency"}[kind]
+    ms = "ms_decode" if decodes else "ms_prefill"
+    column = {"achieved": "achieved", "cost.flops": flops, "cost.bytes": "bytes_weights", "cost.ms": ms}[kind]
     value = record.get(column)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        reason = "its latency is simulated: no kernel was timed" if column == "latency" else f"it has no {column}"
+        reason = "its latency is simulated: no kernel was timed" if column == ms else f"it has no {column}"
         raise Untested(f"{named(point)}: {reason}")
     return float(value)

@@ -1,8 +1,9 @@
 """The tiny ladder: Llama-architecture models trained on kjv and tinyworld, shipped with the package.
 
-``python -m sparsebench.models.ladder [rung ...] [folder=build/ladder]`` trains the rungs (all of
-them by default), resuming where an earlier call stopped, and ``ship`` copies the finished ones
-into the package as bfloat16 Hugging Face folders. ``sparsebench/models/weights/README.md`` holds
+``python -m sparsebench.models.ladder [rung ...] [folder=build/ladder] [autocast=true]`` trains the rungs
+(all of them by default), resuming where an earlier call stopped, and ``ship`` copies the finished ones
+into the package as bfloat16 Hugging Face folders. ``autocast=false`` computes in float32, which is faster
+on a processor without bfloat16 arithmetic. ``sparsebench/models/weights/README.md`` holds
 the recipe, the curves and the final losses.
 """
 
@@ -32,7 +33,7 @@ CONTEXT = 1024
 LENGTHS = ((0.10, 64), (0.22, 128), (0.45, 256), (0.80, 512), (1.0, 1024))
 # with fewer steps the short documents, on which induction heads form, get the same number of them
 FEW_STEPS = ((0.25, 64), (0.40, 128), (0.60, 256), (0.85, 512), (1.0, 1024))
-GROWN = ((0.30, 256), (0.75, 512), (1.0, 1024))  # a grown model has its induction heads already
+GROWN = ((0.45, 256), (0.80, 512), (1.0, 1024))  # a grown model has its induction heads already
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ RUNGS = {
     "tiny_100k": Rung(48, 2, 4, 128, steps=2500, lr=6e-3, muon_lr=2e-2),
     "tiny_400k": Rung(96, 3, 4, 256, steps=2000, lr=5e-3, muon_lr=2e-2, lengths=FEW_STEPS),
     "tiny_1m": Rung(128, 5, 4, 352, steps=5000, lr=4e-3, muon_lr=1.5e-2),
-    "tiny_4m": Rung(256, 5, 8, 704, steps=1500, lr=2e-3, muon_lr=1e-2, lengths=GROWN, grown_from="tiny_1m"),
+    "tiny_4m": Rung(256, 5, 8, 704, steps=300, lr=2e-3, muon_lr=1e-2, lengths=GROWN, grown_from="tiny_1m"),
 }
 
 
@@ -176,7 +177,7 @@ def held_out(
     return scores
 
 
-def train(name: str, folder: Path) -> None:
+def train(name: str, folder: Path, autocast: bool = True) -> None:
     """Trains (or resumes) one rung under ``folder/name`` and writes its Hugging Face folder there."""
     from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -189,7 +190,7 @@ def train(name: str, folder: Path) -> None:
     trainer = Trainer(
         model,
         {"kjv": (KjvSource(tokenizer), 0.45), "tinyworld": (source, 0.55)},
-        TrainConfig(steps=rung.steps, lengths=rung.lengths, lr=rung.lr, muon_lr=rung.muon_lr, autocast=True),
+        TrainConfig(steps=rung.steps, lengths=rung.lengths, lr=rung.lr, muon_lr=rung.muon_lr, autocast=autocast),
         folder / name,
         evaluate=lambda trained: held_out(trained, tokenizer, source),
     )
@@ -208,7 +209,7 @@ def ship(name: str, folder: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    folder = Path("build/ladder")
+    folder, autocast = Path("build/ladder"), "autocast=false" not in arguments
     names = [a for a in arguments if "=" not in a and a != "ship"] or list(RUNGS)
     for argument in arguments:
         if argument.startswith("folder="):
@@ -217,7 +218,7 @@ def main(arguments: list[str]) -> None:
         if "ship" in arguments:
             ship(name, folder)
         else:
-            train(name, folder)
+            train(name, folder, autocast)
 
 
 if __name__ == "__main__":

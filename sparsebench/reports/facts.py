@@ -104,7 +104,7 @@ def limitations(sweep: SweepData, counted: DataFrame) -> list[str]:
             f"{', '.join(models)}: small models trained by this project on two corpora; large models are more "
             "redundant and have outlier features that these lack, so levels do not carry over, orders may."
         )
-    if "latency" in counted and not counted["latency"].map(lambda one: isinstance(one, float) and one == one).any():
+    if not first(counted, ["ms_prefill"]):
         said.append(
             "No run was timed with a sparse kernel: savings in time are not known, FLOPs and bytes are counted."
         )

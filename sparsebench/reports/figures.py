@@ -193,7 +193,7 @@ def frontier(points: DataFrame, cost: str, label: str, looks: Mapping[str, Look]
         _front_points(drawn, axes, own, cost, str(name), look)
     best = points[points["front"]].sort_values(cost)
     axes.step(best[cost], best["score"], where="post", color=BLACK, linewidth=0.7, zorder=1)
-    _cost_axis(axes, points[cost])
+    cost_axis(axes, points[cost])
     if metric == "perplexity" and limits[1] / max(limits[0], 1e-12) > _WIDE:
         axes.set_yscale("log")
         _plain_ticks(axes, limits)
@@ -233,7 +233,7 @@ def _front_points(drawn: Drawn, axes: Axes, own: DataFrame, cost: str, name: str
             label = None
 
 
-def _cost_axis(axes: Axes, values: DataFrame) -> None:
+def cost_axis(axes: Axes, values: DataFrame) -> None:
     """Plain numbers along the axis, which is logarithmic where costs differ enough to need it."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 

@@ -328,7 +328,7 @@ def front(points: DataFrame, cost: str, groups: Mapping[tuple[str, str], Paired]
     kept = _not_clearly_dominated(costs, quality, np.nan_to_num(found["se"].to_numpy(float)))
     resamples = _RESAMPLES if kept.sum() <= _LARGEST else max(200, int(_RESAMPLES * (_LARGEST / kept.sum()) ** 2))
     chosen = found[kept]
-    rows = [_row_of(groups, row) for row in chosen[["model", "task", "run_ids"]].to_dict("records")]
+    rows = [row_of(groups, row) for row in chosen[["model", "task", "run_ids"]].to_dict("records")]
     if all(row is not None for row in rows) and len({len(row) for row in rows if row is not None}) == 1:
         draws = frontiers.resampled(np.stack([row for row in rows if row is not None]), resamples)
     else:
@@ -337,7 +337,7 @@ def front(points: DataFrame, cost: str, groups: Mapping[tuple[str, str], Paired]
     return found
 
 
-def _row_of(groups: Mapping[tuple[str, str], Paired], row: Mapping[str, Any]) -> Array | None:
+def row_of(groups: Mapping[tuple[str, str], Paired], row: Mapping[str, Any]) -> Array | None:
     values = groups.get((row["model"], row["task"]), Paired()).matrix(row["run_ids"])
     return None if values is None else np.asarray(values.mean(axis=0))
 

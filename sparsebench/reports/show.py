@@ -159,9 +159,32 @@ def laws(results: Sequence[Result], source: str) -> None:
         alt = f"Fit of {result.fit.law.formula} with its residuals"
         facts = {"kind": "figure", "name": f"law-{result.name}", "caption": f"{result.name}, {source}.", "alt": alt}
         _display({"image/svg+xml": annotated(drawn, f"law-{result.name}", {}, alt), "text/plain": alt}, facts)
+    if len(results) > 1:
+        _compared(results, source)
     if results:
         details("The fits in numbers", text.described(results, []))
     write_json(saved, "fits.json")
+
+
+def _compared(results: Sequence[Result], source: str) -> None:
+    """The laws side by side by what they predict of what was left out."""
+    from pandas import DataFrame
+
+    from sparsebench.reports.cost_figures import law_comparison
+    from sparsebench.reports.style import drawing
+
+    rows = [
+        {"law": one.name, "left_out": left.column, "rows": left.n, "error": left.error}
+        for one in results
+        for left in one.left_out
+        if left.error is not None
+    ]
+    if not rows:
+        return
+    with drawing("law_comparison"):
+        figure(law_comparison(rows), "law_comparison", f"Extrapolation errors of the laws, {source}.",
+               "Error of each law on the rows that were left out")  # fmt: skip
+    table(DataFrame(rows), "law_comparison", f"Errors of each law on what it was not fitted to, {source}.")
 
 
 def _display(content: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

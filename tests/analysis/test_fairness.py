@@ -96,7 +96,7 @@ def test_a_deliberately_mismatched_pair_is_refused(methods: Methods) -> None:
         ({"pattern": "2:4"}, "granularity"),
         ({"calibration.nsamples": 64}, "calibration"),
         ({"calibration": "c4"}, "calibration"),
-        ({"latency": 1.5}, "latency"),
+        ({"ms_prefill": 1.5}, "latency"),
         ({"seed": 7}, "none"),
     ],
 )
@@ -137,7 +137,8 @@ def test_axes_and_what_the_comparison_is_about(methods: Methods) -> None:
 
 
 def test_a_finding_that_recurs_is_said_once(methods: Methods) -> None:
-    rows = [one | {"sparsity": s, "run_id": f"{one['run_id']}/{s}"} for s in (0.5, 0.6) for one in table(latency=2.0)]
+    timed = table(ms_prefill=2.0)
+    rows = [one | {"sparsity": s, "run_id": f"{one['run_id']}/{s}"} for s in (0.5, 0.6) for one in timed]
     found = check(rows, methods, axes=["sparsity"])
     assert [one.rule for one in found] == ["latency"] and found[0].runs == ("wanda0/0.5", "wanda0/0.6")
 

@@ -1,0 +1,113 @@
+"""Several tasks as one: the mean over tasks of every point, and the safe sparsities of a method over its tasks.
+
+Task labels begin with the task's name; labels that agree in what follows (a length, a protocol) are one *setting*, over
+whose tasks is averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsebench.analysis import curves
+from sparsebench.reports.data import DENSE
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+MOST = 6  # task labels up to which each has its own figures of costs
+_ALL = "all tasks"
+_POINT = ["setting", "model", "method", "requested", "pattern"]
+
+
+def setting_of(label: str) -> str:
+    """What follows the task's name in its label."""
+    return label.partition(" ")[2] or _ALL
+
+
+def pooled(points: DataFrame, costs: Sequence[str]) -> DataFrame:
+    """``points`` with a row for each setting in place of its tasks: the means of achieved, quality, score and costs, se
+    of the mean of independent tasks, n samples in all, ``tasks`` how many, ``task`` the setting.
+
+    Only points that count and are there for every task of their setting and model. Empty when no setting has two tasks,
+    or tasks differ in their metric.
+    """
+    kept = points[~points["hollow"]].assign(setting=points["task"].map(setting_of))
+    if kept.empty or kept["metric"].nunique() > 1:
+        return kept.iloc[:0].assign(tasks=0)
+    wanted = kept.groupby(["setting", "model"])["task"].nunique()
+    rows: list[dict[str, Any]] = []
+    for key, own in kept.groupby(_POINT, dropna=False, sort=False):
+        if len(own) < max(2, wanted[key[0], key[1]]):
+            continue
+        first = own.iloc[0]
+        means = {name: float(own[name].mean()) for name in ("achieved", "quality", "score", *costs)}
+        se = float(np.sqrt((own["se"].to_numpy(float) ** 2).sum()) / len(own))
+        half = 1.96 * se
+        same = {name: first[name] for name in ("model", "method", "requested", "pattern", "base", "metric", "better")}
+        rows.append(
+            {
+                **same, **means, "task": key[0], "se": se, "tasks": len(own), "n": int(own["n"].sum()),
+                "ci_low": means["score"] - half, "ci_high": means["score"] + half, "interval": "normal",
+                "seeds": int(first["seeds"]), "hollow": False, "flags": "",
+                "run_ids": [one for ids in own["run_ids"] for one in ids],
+            }
+        )  # fmt: skip
+    from pandas import DataFrame
+
+    return DataFrame(rows, columns=[*points.columns, "tasks"])
+
+
+def saves(points: DataFrame, cost: str) -> bool:
+    """Whether any sparse point costs something else than its model's dense one."""
+    dense = points[points["method"] == DENSE].groupby(["model", "task"])[cost].first()
+    sparse = points[points["method"] != DENSE]
+    base = [dense.get((model, task), np.nan) for model, task in zip(sparse["model"], sparse["task"], strict=True)]
+    return bool((~np.isclose(sparse[cost].to_numpy(float), np.array(base, float), rtol=1e-6, equal_nan=True)).any())
+
+
+def equal_costs(points: DataFrame, cost: str, models: Sequence[str]) -> DataFrame:
+    """Neighbouring sizes at the smaller one's dense cost: task, model, larger, cost, dense (the smaller's quality),
+    method, achieved and quality of the larger's best point that costs no more, and ``cheapest``: the larger's lowest
+    cost over that cost. Where every point of the larger costs more, there is no method, and nothing is interpolated.
+
+    ``models``: the sizes, the smallest first.
+    """
+    from pandas import DataFrame
+
+    rows: list[dict[str, Any]] = []
+    for task, here in points.groupby("task", sort=False):
+        for small, large in zip(models, models[1:], strict=False):
+            dense = here[(here["model"] == small) & (here["method"] == DENSE)]
+            own = here[(here["model"] == large) & here[cost].notna()]
+            if dense.empty or own.empty:
+                continue
+            at, quality = float(dense[cost].iloc[0]), float(dense["quality"].iloc[0])
+            row = {"task": task, "model": small, "larger": large, "cost": at, "dense": quality}
+            row["cheapest"] = float(own[cost].min()) / at
+            within = own[own[cost] <= at * (1 + 1e-9)].sort_values("quality", ascending=False, kind="stable")
+            if len(within):
+                best = within.iloc[0]
+                row |= {"method": best["method"], "achieved": best["achieved"], "quality": best["quality"]}
+            rows.append(row)
+    columns = ["task", "model", "larger", "cost", "dense", "method", "achieved", "quality", "cheapest"]
+    return DataFrame(rows, columns=columns)
+
+
+def safe_over_tasks(safe: DataFrame) -> DataFrame:
+    """The safe levels of every model, method and setting over its tasks: mean, std, the minimum and the task it is of,
+    by both rules (a task without any safe level counts 0). ``safe``: of ``levels.safe``."""
+    from pandas import DataFrame
+
+    tested = safe[safe["n"].notna()]
+    tested = tested.assign(setting=tested["task"].map(setting_of), name=tested["task"].str.partition(" ")[0])
+    rows: list[dict[str, Any]] = []
+    for (model, method, setting), own in tested.groupby(["model", "method", "setting"], sort=False):
+        row: dict[str, Any] = {"model": model, "method": method, "setting": setting, "tasks": len(own)}
+        for rule in ("not_worse", "largest_passing", "non_inferior"):
+            found = curves.over_tasks(dict(zip(own["name"], own[rule].fillna(0.0), strict=True)))
+            row |= {f"{rule}_{name}": found[name] for name in ("mean", "std", "minimum", "task")}
+        rows.append(row)
+    return DataFrame(rows)
