@@ -98,7 +98,7 @@ def speed(used: DataFrame) -> DataFrame:
         column = f"speedup_{phase}"
         if column not in used:
             continue
-        timed = used[used[column].notna()]
+        timed = used[used[column].notna() & (used["method_label"] != DENSE)]
         for (model, method, _), own in timed.groupby(
             ["model_label", "method_label", "level"], dropna=False, sort=False
         ):
@@ -124,12 +124,12 @@ def speed(used: DataFrame) -> DataFrame:
 
 
 def break_even(curve: DataFrame) -> float:
-    """The achieved sparsity from which one method of one model is faster than dense, between its levels; not a
-    number where no level is, 0 where all are."""
+    """The achieved sparsity from which one method of one model is faster than dense at every level, between its
+    levels; not a number where the highest level is slower, 0 where none is."""
     own = curve.sort_values("achieved")
     x, y = own["achieved"].to_numpy(float), own["speedup"].to_numpy(float) - 1
-    faster = np.flatnonzero(y >= 0)
-    if not len(faster):
+    slower = np.flatnonzero(y < 0)
+    at = int(slower[-1]) + 1 if len(slower) else 0
+    if at == len(x):
         return float("nan")
-    at = int(faster[0])
     return 0.0 if at == 0 else float(x[at - 1] - y[at - 1] * (x[at] - x[at - 1]) / (y[at] - y[at - 1]))
