@@ -71,8 +71,9 @@ def _devices() -> Iterator[Finding]:
         yield "cuda", "missing", f"{why}; model.device=cpu works everywhere"
     from sparsebench.kernels import build
 
-    status = build.status()
-    yield "sparse kernels", "missing" if status.startswith("reference") else "ok", status
+    for what, device in (("sparse kernels", "cpu"), ("gpu kernels", "cuda")):
+        status = build.status(device)
+        yield what, "missing" if status.startswith("reference") else "ok", status
 
 
 def _data() -> Iterator[Finding]:

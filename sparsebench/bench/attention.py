@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsebench.bench.base import Report, Say
-from sparsebench.costs.paired import NOTE, Call, Measured, columns, copies, measure
+from sparsebench.costs.paired import NOTE, Call, Measured, columns
 from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
 from sparsebench.kernels import build
 from sparsebench.kernels.attention import BlockIndex, Records, block_attention, kv_attention, largest
+from sparsebench.kernels.gpu.timing import Place
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Options(Declared):
     heads: int = option(32, "query heads of the decoded token", low=1, high=1024)
     kv_heads: int = option(8, "heads of its cache", low=1, high=1024)
     dim: int = option(128, "of a head", low=16, high=256)
+    device: str = option("cpu", "where to run; cuda: with Triton", choices=("cpu", "cuda"))
     threads: int = option(1, "threads", low=1, high=1024)
     repeats: int = option(7, "rounds of pairs", low=3, high=10000)
     seed: int = option(0, "of the random tensors", low=0)
@@ -43,6 +45,7 @@ def run(options: Options, say: Say) -> Report:
     """One row per phase, length and level."""
     if options.heads % options.kv_heads:
         raise UserError(f"heads={options.heads}: must be a multiple of kv_heads={options.kv_heads}")
+    place = Place.named(options.device)
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
@@ -52,11 +55,12 @@ def run(options: Options, say: Say) -> Report:
                 for length in options.lengths:
                     say(f"{phase}, {length} tokens")
                     torch.manual_seed(options.seed)
-                    rows += (_prefill if phase == "prefill" else _decode)(options, length)
+                    rows += (_prefill if phase == "prefill" else _decode)(options, length, place)
     finally:
         torch.set_num_threads(before)
     facts = {
-        "kernels": build.status(), "threads": options.threads, "dtype": "bfloat16", "dim": options.dim,
+        "kernels": build.status(options.device), "processor": place.name, "threads": options.threads,
+        "dtype": "bfloat16", "dim": options.dim,
         "heads": f"{options.prefill_heads} (prefill), {options.heads}/{options.kv_heads} (decode)",
         "torch": torch.__version__, "rounds": options.repeats,
     }  # fmt: skip
@@ -64,14 +68,14 @@ def run(options: Options, say: Say) -> Report:
     return Report(rows, facts, notes)
 
 
-def _prefill(options: Options, length: int) -> list[dict[str, Any]]:
+def _prefill(options: Options, length: int, place: Place) -> list[dict[str, Any]]:
     shape = (1, options.prefill_heads, length, options.dim)
-    q, k, v = (torch.randn(shape).bfloat16() for _ in range(3))
+    q, k, v = (torch.randn(shape).bfloat16().to(place.device) for _ in range(3))
     count = -(-length // 64)
     order = torch.rand(options.prefill_heads, count, count)
     causal = torch.ones(count, count, dtype=torch.bool).tril()
     levels = {1.0: causal.expand_as(order), **{level: _chosen(order, level) for level in options.density if level < 1}}
-    index = {level: BlockIndex.from_mask(mask, length, length) for level, mask in levels.items()}
+    index = {level: BlockIndex.from_mask(mask, length, length).to(place.device) for level, mask in levels.items()}
 
     def attend(level: float) -> Call:
         return lambda number: block_attention(q, k, v, index[level])
@@ -82,7 +86,7 @@ def _prefill(options: Options, length: int) -> list[dict[str, Any]]:
         "torch": lambda number: functional.scaled_dot_product_attention(q, k, v, is_causal=True),
         "own": attend(1.0),
     }
-    result = measure(bases, {f"{level:g}": attend(level) for level in levels if level < 1}, options.repeats)
+    result = place.measure(bases, {f"{level:g}": attend(level) for level in levels if level < 1}, options.repeats)
     share = {f"{level:g}": float(mask.sum() / causal.sum() / len(mask)) for level, mask in levels.items()}
     return _rows(result, "prefill", length, {name: 1 / share.get(name, 1.0) for name in result.seconds})
 
@@ -96,11 +100,11 @@ def _chosen(order: Tensor, density: float) -> Tensor:
     return mask
 
 
-def _decode(options: Options, length: int) -> list[dict[str, Any]]:
+def _decode(options: Options, length: int, place: Place) -> list[dict[str, Any]]:
     shape = (options.kv_heads, length, options.dim)
-    k, v = torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16()
-    q = torch.randn(options.heads, options.dim).bfloat16()
-    dense = copies((k, v), 2 * k.numel() * 2, lambda pair: (pair[0].clone(), pair[1].clone()))
+    k, v = (torch.randn(shape).bfloat16().to(place.device) for _ in range(2))
+    q = torch.randn(options.heads, options.dim).bfloat16().to(place.device)
+    dense = place.copies((k, v), 2 * k.numel() * 2, lambda pair: (pair[0].clone(), pair[1].clone()))
     grouped = q.view(options.kv_heads, -1, options.dim)
     scale = options.dim**-0.5
 
@@ -113,7 +117,7 @@ def _decode(options: Options, length: int) -> list[dict[str, Any]]:
         keys, values = dense[number % len(dense)]
         return functional.scaled_dot_product_attention(grouped, keys, values)
 
-    none = Records.empty(options.kv_heads, options.dim, 0)
+    none = Records.empty(options.kv_heads, options.dim, 0, device=place.device)
 
     def own(number: int) -> Tensor:
         return kv_attention(q, none, none, *dense[number % len(dense)])
@@ -125,8 +129,8 @@ def _decode(options: Options, length: int) -> list[dict[str, Any]]:
         pruned = tuple(Records.from_dense(x, largest(x, options.dim - int(level * options.dim))) for x in (k, v))
         size = sum(one.nbytes for one in pruned)
         bound[f"{level:g}"] = 2 * k.numel() * 2 / size
-        cases[f"{level:g}"] = _over(q, copies(pruned, size, _clones))
-    result = measure({"torch": product, "own": own}, cases, options.repeats)
+        cases[f"{level:g}"] = _over(q, place.copies(pruned, size, _clones))
+    result = place.measure({"torch": product, "own": own}, cases, options.repeats)
     return _rows(result, "decode", length, bound)
 
 

@@ -1,16 +1,17 @@
 """Matrix products with sparse weights or inputs, against dense ones and the byte bound.
 
 Two ratios, because they say different things: against torch's dense product (what a user feels) and against a dense
-kernel of our own that runs at memory speed (what sparsity buys). At batch 1 a product is bound by the bytes it reads:
-``bound`` is dense bytes / sparse bytes, and a ratio to our own dense kernel beyond it would be a measuring error.
+kernel of our own that runs at memory speed (what sparsity buys; there is none on a GPU). At batch 1 a product is bound
+by the bytes it reads: ``bound`` is dense bytes / sparse bytes, and a ratio to our own dense kernel beyond it would be a
+measuring error.
 """
 
 from __future__ import annotations
 
-import platform
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsebench.bench.base import Report, Say
-from sparsebench.costs.paired import NOTE, Call, Measured, columns, copies, measure
+from sparsebench.costs.paired import NOTE, Call, Measured, columns
 from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
 from sparsebench.kernels import build, ops
 from sparsebench.kernels.formats import NM, Bitmap, ColumnMajor, GroupQuantised
+from sparsebench.kernels.gpu.layout import SemiStructured, uploaded
+from sparsebench.kernels.gpu.timing import Place
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -40,6 +43,7 @@ class Options(Declared):
     )
     dtype: str = option("bfloat16", "number format", choices=("bfloat16", "float32"))
     batch: int = option(1, "rows of input", low=1, high=64)
+    device: str = option("cpu", "where to run; cuda: with Triton", choices=("cpu", "cuda"))
     threads: int = option(1, "threads", low=1, high=1024)
     isa: str = option("auto", "instruction set", choices=("auto", "avx512", "avx2", "portable", "reference"))
     repeats: int = option(21, "rounds of pairs", low=3, high=10000)
@@ -60,14 +64,19 @@ class _Case:
 def run(options: Options, say: Say) -> Report:
     """The table: one row per shape and kernel."""
     shapes = [_shape(text) for text in options.shapes]
+    place = Place.named(options.device)
+    if options.device == "cuda" and options.isa != "auto":
+        raise UserError(f"isa={options.isa}: instruction sets are the CPU's; with device=cuda leave it at auto")
+    if options.device == "cuda" and "w4" in options.formats:
+        raise UserError("formats=w4: there is no GPU kernel for 4-bit groups; with device=cuda leave it out")
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
         with build.using(build.best_isa() if options.isa == "auto" else options.isa), torch.inference_mode():
-            rows = [row for shape in shapes for row in _measured(options, shape, say)]
+            rows = [row for shape in shapes for row in _measured(options, shape, place, say)]
             facts = {
-                "kernels": build.status(),
-                "processor": platform.processor() or platform.machine(),
+                "kernels": build.status(options.device),
+                "processor": place.name,
                 "threads": options.threads,
                 "dtype": options.dtype,
                 "batch": options.batch,
@@ -79,25 +88,27 @@ def run(options: Options, say: Say) -> Report:
     notes = [
         "vs_torch, vs_own: base time / kernel time, median over pairs; own: a dense kernel at memory speed.",
         "bound: dense bytes / bytes read; of_bound: vs_own / bound; of_read: bytes per second / those of a plain read.",
+        *(["On a GPU there is no own dense kernel: vs_own is empty."] if options.device == "cuda" else []),
         NOTE,
     ]
     return Report(rows, facts, notes)
 
 
-def _measured(options: Options, shape: tuple[int, int], say: Say) -> list[dict[str, Any]]:
+def _measured(options: Options, shape: tuple[int, int], place: Place, say: Say) -> list[dict[str, Any]]:
     """Rows of one shape."""
     say(f"{shape[0]}x{shape[1]}: packing")
     torch.manual_seed(options.seed)
     dtype = _DTYPES[options.dtype]
     weight = torch.randn(shape).mul_(shape[1] ** -0.5).to(dtype)
     x = torch.randn(options.batch, shape[1]).to(dtype)
-    cases = [*_bases(weight, x), *(case for format in options.formats for case in _cases(format, weight, x, options))]
+    sparse = (case for format in options.formats for case in _cases(format, weight, x, options, place))
+    cases = [*_bases(weight, x, place), *sparse]
     for case in cases:
         _check(case)
     named = {_name(case): case.call for case in cases}
     bases = {name: call for name, call in named.items() if name in ("torch", "own")}
     say(f"{shape[0]}x{shape[1]}: timing {len(named)} kernels")
-    result = measure(bases, {name: call for name, call in named.items() if name not in bases}, options.repeats)
+    result = place.measure(bases, {name: call for name, call in named.items() if name not in bases}, options.repeats)
     return [_row(shape, case, cases[0].bytes, result) for case in cases]
 
 
@@ -116,27 +127,28 @@ def _row(shape: tuple[int, int], case: _Case, dense: int, result: Measured) -> d
     return row
 
 
-def _bases(weight: Tensor, x: Tensor) -> list[_Case]:
+def _bases(weight: Tensor, x: Tensor, place: Place) -> list[_Case]:
     size = weight.numel() * weight.element_size()
     right = _product(x, weight)
-    dense = copies(weight, size, Tensor.clone)
+    weight, x = weight.to(place.device), x.to(place.device)
+    dense = place.copies(weight, size, Tensor.clone)
     found = [_Case("torch", None, size, lambda i: functional.linear(x, dense[i % len(dense)]), right)]
-    if len(x) == 1:
+    if len(x) == 1 and place.device.type == "cpu":
         row = x[0]
         found.append(_Case("own", None, size, lambda i: ops.dense_gemv(row, dense[i % len(dense)]), right))
-    packed = _prepacked(weight, x, size)
+    packed = _prepacked(weight, x, size, place) if place.device.type == "cpu" else None
     if packed is not None:
         found.append(_Case("onednn", None, size, packed, right))
-    return [*found, _Case("read", None, size, lambda i: ops.read(dense[i % len(dense)]), torch.empty(0))]
+    return [*found, _Case("read", None, size, lambda i: place.read(dense[i % len(dense)]), torch.empty(0))]
 
 
-def _prepacked(weight: Tensor, x: Tensor, size: int) -> Call | None:
+def _prepacked(weight: Tensor, x: Tensor, size: int, place: Place) -> Call | None:
     """oneDNN on a weight in its own layout, what a frozen compiled model runs; None where torch has none."""
     if weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
         return None
     reorder, linear = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
     try:
-        ready = [reorder(one, len(x)) for one in copies(weight, size, Tensor.clone)]
+        ready = [reorder(one, len(x)) for one in place.copies(weight, size, Tensor.clone)]
         linear(x, ready[0], None, "none", [], "")
     except (
         RuntimeError,
@@ -146,27 +158,34 @@ def _prepacked(weight: Tensor, x: Tensor, size: int) -> Call | None:
     return lambda i: linear(x, ready[i % len(ready)], None, "none", [], "")
 
 
-def _cases(format: str, weight: Tensor, x: Tensor, options: Options) -> list[_Case]:
+def _cases(format: str, weight: Tensor, x: Tensor, options: Options, place: Place) -> list[_Case]:
     if format == "2:4":
-        return [_sparse(format, 0.5, weight, x)]
+        return [_sparse(format, 0.5, weight, x, place)]
     levels = [level for level in options.sparsity if format != "columns" or len(x) == 1]
-    return [(_columns if format == "columns" else _sparse)(format, level, weight, x) for level in levels]
+    return [(_columns if format == "columns" else _sparse)(format, level, weight, x, place) for level in levels]
 
 
-def _sparse(format: str, sparsity: float, weight: Tensor, x: Tensor) -> _Case:
+def _sparse(format: str, sparsity: float, weight: Tensor, x: Tensor, place: Place) -> _Case:
     """Weights of one sparsity in one format."""
     if format == "csr":
         masked = torch.where(torch.rand(weight.shape) >= sparsity, weight, 0).float()
         with warnings.catch_warnings():  # "CSR support is in beta state"
             warnings.simplefilter("ignore", UserWarning)
-            matrix = masked.to_sparse_csr()
+            matrix = masked.to_sparse_csr().to(place.device)
         size = matrix._nnz() * 8 + 8 * len(weight)
         # one copy: it is larger than any cache at these shapes and never the fast path
-        column = x.float().t().contiguous()
+        column = x.float().t().contiguous().to(place.device)
         return _Case(format, sparsity, size, lambda i: (matrix @ column).t(), _product(x, masked))
     packed, dense = _packed(format, sparsity, weight)
-    ready = copies(packed, packed.nbytes, _clone)
-    call = lambda i: ops.linear(x, ready[i % len(ready)])  # noqa: E731
+    given, clone = x.to(place.device), _clone
+    if place.device.type == "cuda":
+        on_cpu, packed = packed, uploaded(packed, place.device)
+        if isinstance(packed, SemiStructured):
+            clone = partial(_again, on_cpu)
+        elif format == "2:4":
+            format = "2:4 as bitmap"
+    ready = place.copies(packed, packed.nbytes, clone)
+    call = lambda i: ops.linear(given, ready[i % len(ready)])  # noqa: E731
     return _Case(format, sparsity, packed.nbytes, call, _product(x, dense))
 
 
@@ -183,21 +202,26 @@ def _packed(format: str, sparsity: float, weight: Tensor) -> tuple[Any, Tensor]:
     return Bitmap.from_dense(weight, kept), weight * kept
 
 
-def _columns(format: str, sparsity: float, weight: Tensor, x: Tensor) -> _Case:
+def _columns(format: str, sparsity: float, weight: Tensor, x: Tensor, place: Place) -> _Case:
     """Dense weights and inputs of one sparsity; the choice of the inputs is timed with the product."""
     count = int(sparsity * x.numel())
     threshold = float(x.abs().float().flatten().sort().values[count - 1]) if count else -1.0
-    matrix = ColumnMajor.from_dense(weight)
+    matrix, given = ColumnMajor.from_dense(weight.to(place.device)), x.to(place.device)
     beyond = torch.where(x.abs() <= threshold, 0, x)
-    ready = copies(matrix, matrix.nbytes, lambda one: ColumnMajor(one.weight.clone()))
+    ready = place.copies(matrix, matrix.nbytes, lambda one: ColumnMajor(one.weight.clone()))
     size = int(torch.count_nonzero(beyond)) * weight.shape[0] * weight.element_size()
-    call: Callable[[int], object] = lambda i: ops.skipping_linear(x, ready[i % len(ready)], threshold)  # noqa: E731
+    call: Callable[[int], object] = lambda i: ops.skipping_linear(given, ready[i % len(ready)], threshold)  # noqa: E731
     return _Case(format, sparsity, size, call, _product(beyond, weight))
 
 
 def _clone(packed: Any) -> Any:
     tensors = {name: value.clone() for name, value in vars(packed).items() if isinstance(value, Tensor)}
     return replace(packed, **tensors)
+
+
+def _again(packed: NM, made: SemiStructured) -> SemiStructured:
+    """Another one like ``made``: torch cannot copy its format."""
+    return SemiStructured.from_nm(packed, made.compressed.device)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -208,7 +232,7 @@ def _check(case: _Case) -> None:
     """A wrong kernel is not timed."""
     got = case.call(0)
     if case.right.numel() and isinstance(got, Tensor):
-        error = float((got.float().reshape(case.right.shape) - case.right).abs().max() / case.right.abs().max())
+        error = float((got.float().cpu().reshape(case.right.shape) - case.right).abs().max() / case.right.abs().max())
         if not error < 0.01:
             raise RuntimeError(f"{_name(case)}: wrong by {error:.2g} of the largest output; not timed")
 

@@ -25,6 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsebench.costs.saving import NO_SAVING, Saving
 from sparsebench.errors import UserError
+from sparsebench.kernels.stored import stored_form
+from sparsebench.models.base import Read, as_it_is
 
 # Fields of a config whose attention is not "every head, its own or grouped keys, one window per layer".
 _FOREIGN = ("kv_lora_rank", "num_kv_shared_layers", "attention_types", "attention_chunk_size")
@@ -83,7 +85,7 @@ class ModelShape:
         return sum(matrix.inputs * matrix.outputs for matrix in self.linears)
 
 
-def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
+def matrices(model: nn.Module, read: Read = as_it_is) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
     """Each linear layer as (name of the module, its parameter, its weight as a view (out, in)).
 
     Knows ``nn.Linear`` and GPT-2's ``Conv1D`` (stored transposed). UserError for a weight that is packed
@@ -93,12 +95,12 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.Tensor
         if not isinstance(module, (nn.Linear, Conv1D)):
             continue
         stored: nn.Parameter = module.weight  # type: ignore[assignment]
-        if stored.is_meta:
+        weight = read(f"{name}.weight", stored)
+        if weight.is_meta:
             raise UserError(f"model.device_map: the weight of {name} is offloaded, its zeros cannot be counted")
         whole = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else stored.shape
         if stored.dim() != 2 or stored.shape != whole:
             raise UserError(f"model: the weight of {name} is packed (quantised?), its zeros cannot be counted")
-        weight = stored.detach()
         yield name, stored, weight if isinstance(module, nn.Linear) else weight.T
 
 
@@ -127,7 +129,7 @@ def attention_of(model: PreTrainedModel) -> tuple[Attention, ...]:
     return tuple(found)
 
 
-def shape_of(model: PreTrainedModel) -> ModelShape:
+def shape_of(model: PreTrainedModel, read: Read = as_it_is) -> ModelShape:
     """Reads the text decoder and its head: modules, config and exact nonzeros (``!= 0``).
 
     Modules outside the decoder (a vision tower) do not run for text and are left out. UserError when the
@@ -142,10 +144,12 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
                 raise _uncountable(model, f"{name}.{own} {tuple(parameter.shape)}")
     running = {*decoder.modules(), head}
     linears = []
-    for name, _, weight in matrices(model):
+    for name, _, weight in matrices(model, read):
         if model.get_submodule(name) in running:
             outputs, inputs = weight.shape
-            linears.append(Matrix(name, inputs, outputs, int(torch.count_nonzero(weight))))
+            own = stored_form(model.get_submodule(name), weight)  # a method's own form keeps zeros too
+            nonzero = int(torch.count_nonzero(weight)) if own is None else own.kept
+            linears.append(Matrix(name, inputs, outputs, nonzero))
     config = model.config.get_text_config(decoder=True)
     return ModelShape(config.hidden_size, config.vocab_size, attention_of(model), tuple(linears))
 

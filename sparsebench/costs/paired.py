@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 Call = Callable[[int], object]  # gets the number of the call, to choose a copy by
+Timer = Callable[[Call, int], float]  # seconds of a call with that number
 T = TypeVar("T")
 
 TIMES_CACHE = 5  # all copies together / last-level cache
@@ -79,7 +81,19 @@ def columns(measured: Measured, name: str, bases: Sequence[str]) -> dict[str, An
     return found
 
 
-def measure(bases: Mapping[str, Call], candidates: Mapping[str, Call], rounds: int) -> Measured:
+def wall(call: Call, number: int) -> float:
+    """Seconds by the clock, until a GPU has done what the call started on it."""
+    gpu = torch.cuda.is_initialized()
+    if gpu:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call(number)
+    if gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def measure(bases: Mapping[str, Call], candidates: Mapping[str, Call], rounds: int, timer: Timer = wall) -> Measured:
     """Times every candidate in pairs with every base, ``rounds`` times, after two calls of each to warm up."""
     calls = {**bases, **candidates}
     for number in range(2):
@@ -94,9 +108,7 @@ def measure(bases: Mapping[str, Call], candidates: Mapping[str, Call], rounds: i
         for pair in pairs if index % 2 == 0 else pairs[::-1]:
             taken = []
             for name in pair if index % 4 < 2 else pair[::-1]:
-                started = time.perf_counter()
-                calls[name](count[name])
-                taken.append(time.perf_counter() - started)
+                taken.append(timer(calls[name], count[name]))
                 seconds[name].append(taken[-1])
                 count[name] += 1
             base, candidate = taken if index % 4 < 2 else taken[::-1]
@@ -104,9 +116,10 @@ def measure(bases: Mapping[str, Call], candidates: Mapping[str, Call], rounds: i
     return Measured(seconds, ratios)
 
 
-def copies(item: T, size: int, clone: Callable[[T], T]) -> Sequence[T]:
-    """``item`` (``size`` bytes) and clones of it that together are five times the last-level cache, at least two."""
-    count = max(2, -(-TIMES_CACHE * cache_bytes() // max(1, size)))
+def copies(item: T, size: int, clone: Callable[[T], T], cache: int | None = None) -> Sequence[T]:
+    """``item`` (``size`` bytes) and clones of it that together are five times the last-level cache, at least two.
+    ``cache``: its bytes, the processor's if not given."""
+    count = max(2, -(-TIMES_CACHE * (cache_bytes() if cache is None else cache) // max(1, size)))
     return [item, *(clone(item) for _ in range(min(count, 4096) - 1))]
 
 

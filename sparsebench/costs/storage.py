@@ -23,6 +23,8 @@ from transformers import PreTrainedModel
 
 from sparsebench.costs.flops import attention_of, matrices
 from sparsebench.costs.saving import Saving
+from sparsebench.kernels.stored import stored_form
+from sparsebench.models.base import Read, as_it_is
 
 GROUPS = (2, 4, 8, 16, 32)  # the m of the n:m patterns looked for
 
@@ -82,9 +84,10 @@ def smallest(weight: torch.Tensor) -> tuple[str, int]:
     return best[2], best[0]
 
 
-def weight_bytes(model: PreTrainedModel) -> Storage:
+def weight_bytes(model: PreTrainedModel, read: Read = as_it_is) -> Storage:
     """Stored bytes of ``model`` in the dtype its parameters have now; buffers are not counted.
 
+    A layer that a method left in a form of its own (``stored_form``) takes what that takes.
     Parameters shared by several modules count once. A head tied to the embedding is stored as the embedding,
     dense, whatever its zeros, as is every parameter that is not the weight of a linear layer. UserError for
     weights that are quantised or offloaded.
@@ -93,11 +96,12 @@ def weight_bytes(model: PreTrainedModel) -> Storage:
     sparse, per_layer, votes = dense, [], Counter[str]()
     seen = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings()
-    for name, stored, weight in matrices(model):
+    for name, stored, weight in matrices(model, read):
         if id(stored) in seen:
             continue
         seen.add(id(stored))
-        as_dense, (form, size) = weight.numel() * weight.element_size(), smallest(weight)
+        as_dense, own = weight.numel() * weight.element_size(), stored_form(model.get_submodule(name), weight)
+        form, size = smallest(weight) if own is None else (own.format, own.nbytes)
         sparse += size - as_dense
         if model.get_submodule(name) is not head:
             votes[form] += as_dense

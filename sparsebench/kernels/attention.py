@@ -2,19 +2,20 @@
 
 ``BlockIndex`` lists which key blocks each query block reads; ``Records`` holds a cache whose tokens each keep the same
 number of entries (a bitmap and the kept values, at a fixed distance, so a token is reached and appended without
-offsets). The operations run in C where it can and in torch (``reference``) elsewhere; both say what they compute.
+offsets). The operations run in C on the CPU, in Triton on the GPU, and in torch (``reference``) where neither can.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparsebench.kernels import reference
+from sparsebench.kernels import gpu, reference
+from sparsebench.kernels.bits import packed_bits, unpacked_bits
 from sparsebench.kernels.build import library
 from sparsebench.kernels.ops import CODES, check_status
 
@@ -51,10 +52,14 @@ class BlockIndex:
             raise ValueError(f"mask {tuple(mask.shape)}: not blocks of {block} over {queries} x {keys}")
         times = block // BLOCK
         fine = mask.repeat_interleave(times, 1).repeat_interleave(times, 2)
-        fine = fine[:, : -(-queries // BLOCK), : -(-keys // BLOCK)].cpu()
-        ptr = torch.zeros(fine.shape[0] * fine.shape[1] + 1, dtype=torch.int32)
+        fine = fine[:, : -(-queries // BLOCK), : -(-keys // BLOCK)]
+        ptr = torch.zeros(fine.shape[0] * fine.shape[1] + 1, dtype=torch.int32, device=mask.device)
         ptr[1:] = fine.sum(-1).flatten().cumsum(0)
         return cls(mask.shape[0], queries, keys, ptr, fine.nonzero()[:, 2].to(torch.int32))
+
+    def to(self, device: torch.device) -> BlockIndex:
+        """The same on a device; itself if it is there."""
+        return self if self.ptr.device == device else replace(self, ptr=self.ptr.to(device), idx=self.idx.to(device))
 
     def lists(self, head: int) -> list[Tensor]:
         """The key blocks of each query block of a head."""
@@ -71,7 +76,8 @@ def block_attention(
     The queries are the last of the keys' tokens. ``positions``: int32 (..., heads, keys), where the keys were permuted
     within their sequence (then kv_heads = heads); query i sees the keys whose position is at most its own. ``blocks``
     counts all leading dimensions as heads. Returns the shape and dtype of q; rows that see no key are zero.
-    ``scale``: dim ** -0.5 if not given. In bfloat16 the probabilities are rounded to bfloat16, as torch does.
+    ``scale``: dim ** -0.5 if not given. In bfloat16 the probabilities are rounded to bfloat16, as torch does. An index
+    and positions on another device are copied for the call.
     """
     heads, kv_heads = _heads(q), _heads(k)
     queries, dim, keys = q.shape[-2], q.shape[-1], k.shape[-2]
@@ -85,6 +91,12 @@ def block_attention(
         raise ValueError("block_attention: permuted keys need one kv head per query head")
     _contiguous("block_attention", q=q, k=k, v=v, positions=positions)
     scale = dim**-0.5 if scale is None else scale
+    blocks, positions = blocks.to(q.device), None if positions is None else positions.to(q.device)
+    if q.is_cuda and gpu.takes(q, k, v) and dim <= gpu.largest_dim(q.dtype):
+        from sparsebench.kernels.gpu import blocks as on_gpu
+
+        with torch.cuda.device_of(q):
+            return on_gpu.attention(q, k, v, blocks.ptr, blocks.idx, scale, positions)
     kernels = library() if _fits(q, k, v) else None
     if kernels is None:
         return reference.block_attention(q, k, v, blocks, scale, positions)
@@ -115,19 +127,20 @@ class Records:
     data: Tensor
 
     @classmethod
-    def empty(cls, heads: int, dim: int, kept: int, capacity: int = 0) -> Records:
+    def empty(cls, heads: int, dim: int, kept: int, capacity: int = 0, device: torch.device | str = "cpu") -> Records:
         """No tokens yet. ``kept``: the most entries that a token keeps. ValueError for dim above 256."""
         if not 0 < dim <= LARGEST_DIM or not 0 <= kept <= dim or heads < 1:
             raise ValueError(f"records: dim={dim} must be 1 to {LARGEST_DIM}, kept={kept} 0 to dim")
-        found = cls(heads, dim, kept, 0, 0, torch.empty(0, dtype=torch.uint8))
+        found = cls(heads, dim, kept, 0, 0, torch.empty(0, dtype=torch.uint8, device=device))
         found._grow(capacity)
         return found
 
     @classmethod
     def from_dense(cls, x: Tensor, kept: Tensor) -> Records:
-        """x: (heads, tokens, dim); kept: the same shape, bool. Room for as many entries as the fullest token keeps."""
+        """x: (heads, tokens, dim), kept: the same shape, bool, on any device. Room for as many entries as the fullest
+        token keeps."""
         most = int(kept.sum(-1).max()) if kept.numel() else 0
-        found = cls.empty(x.shape[0], x.shape[2], most, x.shape[1])
+        found = cls.empty(x.shape[0], x.shape[2], most, x.shape[1], x.device)
         found.append(x, kept)
         return found
 
@@ -146,13 +159,12 @@ class Records:
     def dense(self) -> Tensor:
         """(heads, tokens, dim) bfloat16."""
         used = self.view[:, : self.tokens]
-        bits = np.unpackbits(used[..., : self._mask_bytes].numpy(), axis=-1, bitorder="little").astype(bool)
-        kept = torch.from_numpy(bits)[..., : self.dim]
+        kept = unpacked_bits(used[..., : self._mask_bytes])[..., : self.dim]
         values = used[..., self._mask_bytes : self._mask_bytes + 2 * self.kept].contiguous().view(torch.bfloat16)
         place = (kept.cumsum(-1) - 1).clamp(0, max(0, self.kept - 1))
         if not self.kept:
-            return torch.zeros(kept.shape, dtype=torch.bfloat16)
-        return torch.where(kept, values.gather(-1, place), torch.zeros((), dtype=torch.bfloat16))
+            return torch.zeros(kept.shape, dtype=torch.bfloat16, device=kept.device)
+        return values.gather(-1, place).masked_fill(~kept, 0)
 
     @property
     def stride(self) -> int:
@@ -174,18 +186,17 @@ class Records:
         return -(-self.dim // WORD) * WORD // 8
 
     def _packed(self, x: Tensor, kept: Tensor) -> Tensor:
-        record = torch.zeros(*x.shape[:2], self.stride, dtype=torch.uint8)
+        record = torch.zeros(*x.shape[:2], self.stride, dtype=torch.uint8, device=x.device)
         margin = (0, 8 * self._mask_bytes - self.dim)
-        bits = torch.nn.functional.pad(kept, margin).numpy()
-        record[..., : self._mask_bytes] = torch.from_numpy(np.packbits(bits, axis=-1, bitorder="little"))
+        record[..., : self._mask_bytes] = packed_bits(torch.nn.functional.pad(kept, margin))
         place = torch.where(kept, kept.cumsum(-1) - 1, self.kept)  # dropped entries fall into a slot that is cut off
-        slots = torch.zeros(*x.shape[:2], self.kept + 1, dtype=torch.bfloat16).scatter_(-1, place, x)
+        slots = torch.zeros(*x.shape[:2], self.kept + 1, dtype=torch.bfloat16, device=x.device).scatter_(-1, place, x)
         values = slots[..., : self.kept].contiguous().view(torch.uint8)
         record[..., self._mask_bytes : self._mask_bytes + 2 * self.kept] = values
         return record
 
     def _grow(self, capacity: int) -> None:
-        data = torch.zeros(self.heads * capacity * self.stride + _SPARE, dtype=torch.uint8)
+        data = torch.zeros(self.heads * capacity * self.stride + _SPARE, dtype=torch.uint8, device=self.data.device)
         if self.tokens:
             larger = data[: self.heads * capacity * self.stride].view(self.heads, capacity, self.stride)
             larger[:, : self.tokens] = self.view[:, : self.tokens]
@@ -195,7 +206,7 @@ class Records:
 def largest(x: Tensor, count: int) -> Tensor:
     """Mask of the ``count`` entries of largest magnitude along the last dimension; of equals, the first."""
     order = x.abs().argsort(dim=-1, descending=True, stable=True)[..., :count]
-    return torch.zeros(x.shape, dtype=torch.bool).scatter_(-1, order, True)
+    return torch.zeros(x.shape, dtype=torch.bool, device=x.device).scatter_(-1, order, True)
 
 
 def kv_attention(
@@ -210,7 +221,7 @@ def kv_attention(
 
     q: (heads, dim), float32 or bfloat16; heads share kv heads in order. recent_keys, recent_values: (kv_heads, recent,
     dim) bfloat16, the newest tokens. Returns (heads, dim) in the dtype of q; zeros if there is no token at all.
-    ``scale``: dim ** -0.5 if not given. On AVX-512 queries and probabilities are rounded to bfloat16.
+    ``scale``: dim ** -0.5 if not given. On AVX-512 and on the GPU queries and probabilities are rounded to bfloat16.
     """
     heads, dim = q.shape
     fits = (keys.heads, keys.dim, keys.tokens) == (values.heads, values.dim, values.tokens)
@@ -224,6 +235,14 @@ def kv_attention(
             raise ValueError(f"kv_attention: {name} must be bfloat16")
     _contiguous("kv_attention", q=q, recent_keys=recent_keys, recent_values=recent_values)
     scale = dim**-0.5 if scale is None else scale
+    beside = (keys.data, values.data, recent_keys, recent_values)
+    if any(one is not None and one.device != q.device for one in beside):
+        raise ValueError(f"kv_attention: records and recent tokens must be on the device of q ({q.device})")
+    if q.is_cuda and gpu.takes(q):
+        from sparsebench.kernels.gpu import records as on_gpu
+
+        with torch.cuda.device_of(q):
+            return on_gpu.attention(q, keys, values, recent_keys, recent_values, scale)
     kernels = library() if _fits(q) else None
     if kernels is None:
         return reference.kv_attention(q, keys, values, recent_keys, recent_values, scale)

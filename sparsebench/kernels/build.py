@@ -28,6 +28,7 @@ from pathlib import Path
 import torch  # loaded before the kernels, so that both use one OpenMP runtime and its threads
 
 from sparsebench.errors import UserError
+from sparsebench.kernels import gpu
 
 SOURCES = Path(__file__).parent / "c"
 REFERENCE = "reference"
@@ -78,8 +79,11 @@ def library() -> Library | None:
     return None if isinstance(found, str) else found
 
 
-def status() -> str:
-    """Which kernels run here, for ``doctor`` and the record: ``c avx512``, ``reference (no C compiler ...)`` ..."""
+def status(device: str = "cpu") -> str:
+    """Which kernels run on tensors of a device ("cpu", "cuda"), for ``doctor`` and the record: ``c avx512``,
+    ``triton 3.9.0``, ``reference (no C compiler ...)`` ..."""
+    if device != "cpu":
+        return gpu.status()
     found = library()
     if found is not None:
         return f"c {found.isa}" + ("" if found.openmp else " (one thread: no OpenMP)")
@@ -197,7 +201,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "sb_groups_gemm": (_P, _P, _I, _P, _P, _P, _L, _L, _L, _I, _P, _L, _P, _P, _I),
     "sb_blocks_attention": (_P, _P, _P, _I, *(_L,) * 5, _F, _L, _P, _P, _P, _P, _I),
     "sb_kv_attention": (_P, _I, _L, _L, _L, _F, _P, _P, _L, _L, _L, _L, _P, _P, _L, _P, _I),
-    "sb_dense_gemv": (_P, _I, _L, _L, _P, _P, _I),
+    "sb_rows_gemv": (_P, _I, _L, _L, _P, _P, _P, _P, _I),
     "sb_read": (_P, _L, _P, _I),
 }
 

@@ -1,13 +1,15 @@
-"""Products with compressed weights on torch tensors: the C kernels where they can, the torch reference elsewhere.
+"""Products with compressed weights on torch tensors: the C kernels on the CPU, Triton's on the GPU (``gpu``), the torch
+reference where neither can.
 
-The kernels take float32 and bfloat16 on the CPU, inputs and weights in one dtype (``GroupQuantised``: any of the two),
-without gradients, up to 16 rows of input; more rows are bound by arithmetic, so there the weights are unpacked into
-scratch and torch multiplies. Inputs must be contiguous: ValueError says so, because a silent copy would hide the cost.
+The C kernels take float32 and bfloat16 (Triton's: float16 too), inputs and weights in one dtype (``GroupQuantised``:
+any of the two), without gradients, up to 16 rows of input; more rows are bound by arithmetic, so there the weights are
+unpacked into scratch and torch multiplies. Inputs must be contiguous: ValueError says so, because a silent copy would
+hide the cost.
 
 Infinity and NaN: pruned entries are multiplied as zeros, so an infinite input gives NaN in every output, as the dense
 product of the masked weight does. ``skipping_linear`` never drops a NaN input. What it drops, and what a removed group
 of ``GroupQuantised`` would have been multiplied with, the C kernels do not touch: an infinity there stays silent, while
-the reference, which multiplies by zero, gives NaN.
+the reference, which multiplies by zero, gives NaN. The GPU kernels do in all of this what the C kernels do.
 """
 
 from __future__ import annotations
@@ -19,17 +21,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsebench.kernels import reference
+from sparsebench.kernels import gpu, reference
 from sparsebench.kernels.build import Library, library
 from sparsebench.kernels.formats import NM, Bitmap, ColumnMajor, GroupQuantised, Matrix
+from sparsebench.kernels.gpu.layout import Packed, SemiStructured, Tiles
 
 MOST_ROWS = 16  # of input, for which a kernel multiplies without unpacking
 CODES = {torch.float32: 0, torch.bfloat16: 1}  # number formats, as the C side knows them
 
 
-def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
+def dtypes_on(device: str) -> tuple[torch.dtype, ...]:
+    """Of weights that kernels here take on a kind of device ("cpu", "cuda" ...); none where there are no kernels."""
+    if device == "cpu":
+        return tuple(CODES)
+    return gpu.DTYPES if device == "cuda" and gpu.problem() is None else ()
+
+
+def linear(x: Tensor, weight: Matrix | Packed, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times weight (out, in), plus bias (out): (..., out) in the dtype of x."""
     _check("linear", x, weight.columns, bias, weight.rows)
+    if isinstance(weight, Tiles | SemiStructured):
+        return _on_gpu(x, weight, bias)
     kernels = _kernels(x, bias, None if isinstance(weight, GroupQuantised) else weight.values.dtype)
     if kernels is None:
         return reference.linear(x, weight, bias)
@@ -53,6 +65,11 @@ def skipping_linear(x: Tensor, weight: ColumnMajor, threshold: float, bias: Tens
     """
     inputs, outputs = weight.weight.shape
     _check("skipping_linear", x, inputs, bias, outputs)
+    if x.is_cuda and x.numel() == inputs and gpu.takes(x, weight.weight, bias):
+        from sparsebench.kernels.gpu import columns
+
+        with torch.cuda.device_of(x):
+            return columns.linear(x, weight.weight, threshold, bias)
     kernels = _kernels(x, bias, weight.weight.dtype)
     if kernels is None or x.numel() != inputs:
         return reference.skipping_linear(x, weight, threshold, bias)
@@ -72,23 +89,40 @@ def unpacked(weight: Bitmap | NM) -> Tensor:
     return weight.dense() if kernels is None else _unpacked(kernels, weight)
 
 
+def selected_linear(x: Tensor, weight: Tensor, kept: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) times weight (out, in) where ``kept`` (out, bool), and 0 elsewhere, where no weight is read.
+
+    One row of input goes through the kernel; several rows are multiplied densely."""
+    outputs, inputs = weight.shape
+    _check("selected_linear", x, inputs, bias, outputs)
+    if kept.shape != (outputs,) or kept.dtype != torch.bool or not kept.is_contiguous():
+        raise ValueError(f"selected_linear: kept must be a contiguous vector of {outputs} bools")
+    kernels = _kernels(x, bias, weight.dtype)
+    if kernels is None or x.numel() != inputs:
+        return reference.selected_linear(x, weight, kept, bias)
+    return _rows(kernels, x, weight, kept, bias)
+
+
 def dense_gemv(x: Tensor, weight: Tensor) -> Tensor:
     """x (in) times weight (out, in): the dense kernel that the sparse ones are compared with. (out)."""
     _check("dense_gemv", x, weight.shape[1], None, weight.shape[0])
     kernels = _kernels(x, None, weight.dtype)
-    if kernels is None:
-        return functional.linear(x, weight)
-    out = x.new_empty(weight.shape[0])
+    return functional.linear(x, weight) if kernels is None else _rows(kernels, x, weight, None, None)
+
+
+def _rows(kernels: Library, x: Tensor, weight: Tensor, kept: Tensor | None, bias: Tensor | None) -> Tensor:
+    out = x.new_empty(*x.shape[:-1], len(weight))
     _run(
-        kernels.calls.sb_dense_gemv,
-        weight.data_ptr(), CODES[x.dtype], *weight.shape, x.data_ptr(), out.data_ptr(), kernels.threads(),
+        kernels.calls.sb_rows_gemv,
+        weight.data_ptr(), CODES[x.dtype], *weight.shape, x.data_ptr(), _pointer(kept), _pointer(bias),
+        out.data_ptr(), kernels.threads(),
     )  # fmt: skip
     return out
 
 
 def read(memory: Tensor) -> float:
     """Reads every byte of a contiguous tensor once: what no kernel can be faster than. Returns a sum of them."""
-    kernels = library()
+    kernels = library() if memory.device.type == "cpu" else None
     if kernels is None:
         return float(memory.view(torch.float32).sum())
     total = ctypes.c_float()
@@ -101,6 +135,18 @@ def check_status(name: str, status: int) -> None:
     """MemoryError if a kernel could not get its scratch space."""
     if status:
         raise MemoryError(f"{name}: no memory for scratch space")
+
+
+def _on_gpu(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+    if isinstance(weight, SemiStructured):
+        fits = gpu.takes(x, bias) and (x.dtype, x.device) == (weight.compressed.dtype, weight.compressed.device)
+        return functional.linear(x, weight.compressed, bias) if fits else reference.linear(x, weight, bias)
+    if not gpu.takes(x, weight.values, bias):
+        return reference.linear(x, weight, bias)
+    from sparsebench.kernels.gpu import weights
+
+    with torch.cuda.device_of(x):  # Triton starts a kernel on the current device, wherever the tensors are
+        return weights.linear(x, weight, bias)
 
 
 def _unpacked(kernels: Library, weight: Bitmap | NM) -> Tensor:

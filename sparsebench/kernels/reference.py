@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsebench.kernels.formats import ColumnMajor, Matrix
+from sparsebench.kernels.gpu.layout import Packed
 
 if TYPE_CHECKING:
     from sparsebench.kernels.attention import BlockIndex, Records
 
 
-def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Matrix | Packed, bias: Tensor | None = None) -> Tensor:
     """x (..., in) -> (..., out)."""
     return functional.linear(x, weight.dense().to(device=x.device, dtype=x.dtype), bias)
 
@@ -29,6 +30,11 @@ def skipping_linear(x: Tensor, weight: ColumnMajor, threshold: float, bias: Tens
     """
     kept = torch.where(x.abs() <= threshold, torch.zeros_like(x), x)
     return functional.linear(kept, weight.dense().to(x.device), bias)
+
+
+def selected_linear(x: Tensor, weight: Tensor, kept: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) -> (..., out), with every entry that is not kept set to zero."""
+    return torch.where(kept, functional.linear(x, weight, bias), 0)
 
 
 def block_attention(

@@ -81,6 +81,19 @@ def test_sparse_inputs(isa, dtype, shape, density, threads, seed) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @CASES
+@given(SHAPES, DENSITIES, st.integers(1, 3), st.integers(0, 2**31))
+def test_selected_outputs(isa, dtype, shape, density, threads, seed) -> None:
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    weight, x, kept = torch.randn(shape).to(dtype), torch.randn(1, shape[1]).to(dtype), torch.rand(shape[0]) < density
+    bias = torch.randn(shape[0]).to(dtype) if seed % 2 else None
+    left = None if bias is None else torch.where(kept, bias, 0)
+    agree(ops.selected_linear(x, weight, kept, bias), x, torch.where(kept[:, None], weight, 0), left)
+    agree(ops.dense_gemv(x[0], weight), x[0], weight, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@CASES
 @given(
     st.integers(1, 40), st.integers(1, 9), st.sampled_from([4, 8, 16, 32, 12]), DENSITIES, st.integers(1, 3), st.data()
 )
@@ -125,6 +138,8 @@ def test_not_finite(isa) -> None:
     weight = torch.randn(8, 128)
     weight[2, 3] = float("inf")
     x[0, 3] = 0.1
+    rows = ops.selected_linear(x, weight, torch.arange(8) != 2)
+    assert rows.isfinite().all() and rows[0, 2] == 0  # nor what is in a row that is not needed
     got = ops.skipping_linear(x, ColumnMajor.from_dense(weight), 1.0)
     assert isa == "reference" or got.isfinite().all()  # the kernel does not read what is behind a dropped input
 
