@@ -13,6 +13,7 @@ import json
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -57,7 +58,7 @@ RUNGS = {
     "tiny_100k": Rung(48, 2, 4, 128, steps=2500, lr=6e-3, muon_lr=2e-2),
     "tiny_400k": Rung(96, 3, 4, 256, steps=2000, lr=5e-3, muon_lr=2e-2, lengths=FEW_STEPS),
     "tiny_1m": Rung(128, 5, 4, 352, steps=5000, lr=4e-3, muon_lr=1.5e-2),
-    "tiny_4m": Rung(256, 5, 8, 704, steps=300, lr=2e-3, muon_lr=1e-2, lengths=GROWN, grown_from="tiny_1m"),
+    "tiny_4m": Rung(256, 5, 8, 704, steps=240, lr=8e-4, muon_lr=4e-3, lengths=GROWN, grown_from="tiny_1m"),
 }
 
 
@@ -93,7 +94,12 @@ class KjvSource:
     """Windows at random places of the training stream, every token weighted 1."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.stream = encode_kjv(tokenizer, "train")
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def stream(self) -> Tensor:
+        """The training stream, made when it is first needed: a finished training needs none."""
+        return encode_kjv(self._tokenizer, "train")
 
     def batch(self, rng: Random, rows: int, length: int) -> Batch:
         starts = [rng.randrange(len(self.stream) - length - 1) for _ in range(rows)]

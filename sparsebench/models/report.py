@@ -43,7 +43,8 @@ def page() -> str:
         shape = f"{rung.hidden} | {rung.layers} | {rung.heads} | {rung.intermediate}"
         lengths = ", ".join(f"{length} until {share:.0%}" for share, length in rung.lengths)
         rates = f"{rung.lr:g} | {rung.muon_lr:g}"
-        lines.append(f"| {name} | {shape} | {rung.steps} | {tokens / 1e6:.1f}M | {rates} | {lengths} |")
+        steps = f"{rung.steps}, grown from {rung.grown_from}" if rung.grown_from else str(rung.steps)
+        lines.append(f"| {name} | {shape} | {steps} | {tokens / 1e6:.1f}M | {rates} | {lengths} |")
     lines += ["", "## Recipe", "", _recipe(), "", "## Held-out results", ""]
     keys = ["kjv/bits_per_byte", *(f"tinyworld/{task}" for task in tinyworld.TASKS)]
     lines += ["| | " + " | ".join(shipped) + " |", "|---|" + "---|" * len(shipped)]
@@ -69,7 +70,9 @@ def _recipe() -> str:
         f"{OTHER_TOKENS:g}. Sequence length rises with the steps (table above). Muon for the blocks' matrices, "
         "AdamW for the rest, weight decay 0.1, 2% warm-up, the last 40% of the steps decaying linearly to zero, "
         "gradients clipped at 1, "
-        "forward in bfloat16. Many questions per training document and long copies are what makes induction "
+        "forward in bfloat16 (float32 for tiny_4m). A grown model starts as the same function as the model of half its "
+        "width (`sparsebench/models/growing.py`) and goes on from there: from nothing it had found no retrieval after 500 "
+        "steps. Many questions per training document and long copies are what makes induction "
         "heads appear early."
     )
 

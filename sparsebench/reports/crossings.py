@@ -49,9 +49,11 @@ def crossings(points: DataFrame, cost: str, groups: Mapping[tuple[str, str], Pai
 
 
 def sizes(points: DataFrame, cost: str) -> list[str]:
-    """The models that have a dense point, the cheapest first."""
+    """The models that have a dense point with that cost, the smallest first: by operations, which are counted, where
+    they are known (milliseconds may order them by chance)."""
     dense = points[(points["method"] == DENSE) & points[cost].notna()]
-    return [str(one) for one in dense.sort_values(cost)["model"].drop_duplicates()]
+    by = "flops_prefill" if "flops_prefill" in dense and dense["flops_prefill"].notna().all() else cost
+    return [str(one) for one in dense.sort_values(by)["model"].drop_duplicates()]
 
 
 def best(points: DataFrame, model: str, cost: str) -> tuple[Array, Array]:
