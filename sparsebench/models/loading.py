@@ -13,10 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from sparsebench.declare import Declared, model, option
 from sparsebench.errors import UserError
-from sparsebench.models.content import hub_content, hub_error, one_line, shards, weight_files, weights_content
+from sparsebench.models.content import (
+    COMPRESSED,
+    hub_content,
+    hub_error,
+    is_compressed,
+    one_line,
+    shards,
+    weight_files,
+    weights_content,
+)
 
 if TYPE_CHECKING:  # torch and transformers are imported by load() alone: content() answers without them
     import torch
+    from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from sparsebench.models.base import LoadedModel
@@ -60,6 +70,10 @@ class HuggingFace(Declared):
 
     def load(self) -> LoadedModel:
         """The model in evaluation mode on its device. UserError naming the option that is wrong."""
+        return load_folder(*self.source())
+
+    def source(self) -> tuple[Path, How]:
+        """Its folder (downloaded where it has none) and how to load it. UserError as ``load``."""
         if self.device_map is not None and self.device != "auto":
             raise UserError(f"model.device_map={self.device_map}: contradicts model.device={self.device}; give one")
         how = How(
@@ -78,7 +92,7 @@ class HuggingFace(Declared):
         if folder is None:
             # pinned to the commit in the run id, so that what is loaded is what was hashed
             folder = download(str(self.path), self.content(), self.trust_remote_code)
-        return load_folder(folder, how)
+        return folder, how
 
     def _folder(self) -> Path | None:
         """The local folder that ``path`` names; None when only the hub can know it."""
@@ -153,6 +167,7 @@ def download(path: str, commit: str, code: bool) -> Path:
         for single, index in (
             ("model.safetensors", "model.safetensors.index.json"),
             ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+            (COMPRESSED, COMPRESSED),
         ):
             wanted = [single]
             if (folder / index).is_file():
@@ -179,7 +194,7 @@ def load_folder(folder: Path, how: How) -> LoadedModel:
     device = choose_device(how.device)
     for file in weight_files(folder, how.named):
         if file.suffix == ".bin":
-            _check_pickle(file, how)
+            pickled(file, how.named)
     with quiet():
         config = _config(folder, how)
         tokenizer = _tokenizer(folder, how)
@@ -191,9 +206,22 @@ def load_folder(folder: Path, how: How) -> LoadedModel:
     return LoadedModel(loaded.eval(), tokenizer, how.name, how.context or _context(config, tokenizer, how))
 
 
-def _check_pickle(file: Path, how: How) -> None:
-    """UserError unless a ``.bin`` file is a dictionary of tensors, and nothing that could run. The usual
-    (zip) format is mapped, not read."""
+def stream_folder(folder: Path, how: How, save: Path, on_disk: bool) -> LoadedModel:
+    """The model and tokenizer of a folder without its weights, which are read a block at a time (``streaming``)."""
+    from sparsebench.models.streaming import open_streamed
+
+    device = choose_device(how.device)
+    weight_files(folder, how.named)
+    with quiet():
+        config = _config(folder, how)
+        tokenizer = _tokenizer(folder, how)
+        context = how.context or _context(config, tokenizer, how)
+        return open_streamed(folder, config, tokenizer, context, how, device, save, on_disk)
+
+
+def pickled(file: Path, named: str) -> dict[str, Tensor]:
+    """The tensors of a ``.bin`` file. UserError, beginning with ``named``, unless it is a dictionary of tensors, and
+    nothing that could run. The usual (zip) format is mapped, not read."""
     import torch
 
     mapped = {"mmap": True} if zipfile.is_zipfile(file) else {}
@@ -202,9 +230,10 @@ def _check_pickle(file: Path, how: How) -> None:
     except Exception as error:  # a damaged pickle raises anything: struct.error, EOFError, RuntimeError ...
         # not torch's own text: it recommends to load the file with whatever code is in it
         why = f"is corrupt or carries code ({type(error).__name__}); only plain tensors are loaded"
-        raise UserError(f"{how.named}: {file.name} {why}") from None
+        raise UserError(f"{named}: {file.name} {why}") from None
     if not isinstance(found, dict) or not all(isinstance(one, torch.Tensor) for one in found.values()):
-        raise UserError(f"{how.named}: {file.name} is corrupt: it is not a dictionary of tensors")
+        raise UserError(f"{named}: {file.name} is corrupt: it is not a dictionary of tensors")
+    return found
 
 
 def _config(folder: Path, how: How) -> PreTrainedConfig:
@@ -231,15 +260,22 @@ def _tokenizer(folder: Path, how: How) -> PreTrainedTokenizerBase:
 
 def _model(folder: Path, config: PreTrainedConfig, how: How) -> PreTrainedModel:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     extra: dict[str, Any] = {"device_map": how.device_map} if how.device_map else {}
     if how.attn_implementation:
         extra["attn_implementation"] = how.attn_implementation
     loader: Any = AutoModelForCausalLM  # its annotations know nothing of output_loading_info
+    place: Path | None = folder
     try:
+        if is_compressed(folder):
+            from sparsebench.models.compressed import dense_weights, skeleton
+
+            # only a model's own class takes tensors in place of a folder
+            loader, place = type(skeleton(config, how.trust_remote_code)), None
+            extra["state_dict"] = dense_weights(folder, how.named)
         found, report = loader.from_pretrained(
-            folder,
+            place,
             config=config,
             dtype=how.dtype,
             trust_remote_code=how.trust_remote_code,
@@ -248,6 +284,8 @@ def _model(folder: Path, config: PreTrainedConfig, how: How) -> PreTrainedModel:
             output_loading_info=True,
             **extra,
         )
+        if place is None and (folder / "generation_config.json").is_file():
+            found.generation_config = GenerationConfig.from_pretrained(folder)
     except (*_DAMAGE, RuntimeError, SafetensorError) as error:
         if "memory" in str(error):  # the machine's fault, not the model's
             raise

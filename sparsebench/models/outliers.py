@@ -37,20 +37,32 @@ def inject_outliers(model: PreTrainedModel, sigma: float) -> None:
     for index, block in enumerate(blocks):
         _check(block, index, model)
     for index, block in enumerate(blocks):
-        generator = torch.Generator().manual_seed(_SEED + index)
-        before_attention, before_mlp = (getattr(block, name).weight for name in _NORMS)
-        attention, mlp = block.self_attn, block.mlp
-        readers = [[attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]]
-        for gain, linears in zip((before_attention, before_mlp), readers, strict=True):
-            scale = powers_of_two(gain.numel(), sigma, generator)
-            _scale(gain, scale)
-            for linear in linears:
-                _scale(linear.weight, 1 / scale)  # (out, in) x (in,): columns
-        scale = powers_of_two(mlp.up_proj.out_features, sigma, generator)
-        _scale(mlp.up_proj.weight, scale[:, None])  # rows
-        if mlp.up_proj.bias is not None:
-            _scale(mlp.up_proj.bias, scale)
-        _scale(mlp.down_proj.weight, 1 / scale)
+        _inject(block, index, sigma)
+
+
+@torch.no_grad()
+def inject_block(model: PreTrainedModel, index: int, sigma: float) -> None:
+    """``inject_outliers`` for one block, which is all of the model that is in memory. UserError the same."""
+    block: Any = _blocks(model)[index]
+    _check(block, index, model)
+    _inject(block, index, sigma)
+
+
+def _inject(block: Any, index: int, sigma: float) -> None:
+    generator = torch.Generator().manual_seed(_SEED + index)
+    before_attention, before_mlp = (getattr(block, name).weight for name in _NORMS)
+    attention, mlp = block.self_attn, block.mlp
+    readers = [[attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]]
+    for gain, linears in zip((before_attention, before_mlp), readers, strict=True):
+        scale = powers_of_two(gain.numel(), sigma, generator)
+        _scale(gain, scale)
+        for linear in linears:
+            _scale(linear.weight, 1 / scale)  # (out, in) x (in,): columns
+    scale = powers_of_two(mlp.up_proj.out_features, sigma, generator)
+    _scale(mlp.up_proj.weight, scale[:, None])  # rows
+    if mlp.up_proj.bias is not None:
+        _scale(mlp.up_proj.bias, scale)
+    _scale(mlp.down_proj.weight, 1 / scale)
 
 
 def powers_of_two(channels: int, sigma: float, generator: torch.Generator) -> Tensor:
