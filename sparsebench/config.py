@@ -20,7 +20,7 @@ from sparsebench.catalogue import Catalogue, Declaration
 from sparsebench.declare import INSTEAD, options_of
 from sparsebench.errors import UserError, closest
 from sparsebench.paths import data_folder
-from sparsebench.rules import check_pattern, check_stack, check_task, file_content, level_of
+from sparsebench.rules import check_pattern, check_stack, check_task, file_content, holding, level_of
 from sparsebench.run import Part, Run, RunOptions
 
 GROUPS = ("method", "model", "calibration", "task")
@@ -292,8 +292,8 @@ class _Resolver:
             asked = options["sparsity"] if own else run.sparsity
             key = f"{where}.sparsity" if own else "sparsity"
             options["sparsity"] = changed["sparsity"] = level_of(key, asked, options.get("pattern", "unstructured"))
-        uses = tuple(declaration.uses) + (("sparsity",) if "sparsity" in options and not native else ())
-        return Part("method", name, part.name, part.version, options, changed, uses, part.files)
+        uses = holding(declaration.uses, options) + (["sparsity"] if "sparsity" in options and not native else [])
+        return Part("method", name, part.name, part.version, options, changed, tuple(uses), part.files)
 
     def _part(self, group: str, label: str, prefix: str) -> tuple[Declaration, Part]:
         """Validates what one choice's YAML says and the values given for it."""

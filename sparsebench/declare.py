@@ -216,7 +216,8 @@ def method(
     uses: tuple[str, ...] = (),
     baseline: str | None = None,
 ) -> Callable[[_T], _T]:
-    """Declares a method. ``uses``: any of ``calibration``, ``seed``; ``baseline``: its naive baseline."""
+    """Declares a method. ``uses``: any of ``calibration``, ``seed``, each perhaps under a condition on an option
+    (``calibration if eps_mode=calibrated``); ``baseline``: its naive baseline."""
     return _decorator("method", {k: v for k, v in locals().items() if k != "kind"})
 
 

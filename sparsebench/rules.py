@@ -64,14 +64,20 @@ def check_stack(declarations: Sequence[Declaration]) -> None:
             )
 
 
-def check_task(declarations: Sequence[Declaration], task: Declaration, options: dict[str, Any]) -> None:
-    """Refuses a method whose phase the task cannot give with these options."""
-    gives = []
-    for entry in task.gives:
-        phase, _, condition = entry.partition(" if ")
+def holding(entries: Sequence[str], options: dict[str, Any]) -> list[str]:
+    """What of a declaration's entries holds with these options: ``decode if protocol=continuation`` is ``decode``."""
+    found = []
+    for entry in entries:
+        what, _, condition = entry.partition(" if ")
         key, _, value = condition.partition("=")
         if not condition or str(options.get(key)) == value:
-            gives.append(phase)
+            found.append(what)
+    return found
+
+
+def check_task(declarations: Sequence[Declaration], task: Declaration, options: dict[str, Any]) -> None:
+    """Refuses a method whose phase the task cannot give with these options."""
+    gives = holding(task.gives, options)
     for declaration in declarations:
         needs = {"once": [], "train": ["train"]}.get(declaration.phase, declaration.phase.split("+"))
         for need in needs:

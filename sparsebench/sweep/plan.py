@@ -77,10 +77,14 @@ def _made(workspace: Workspace, sweep: Sweep) -> Plan:
             if key not in contents:
                 contents[key] = workspace.catalogue.load("model", run.model.name)(**run.model.options).content()
         except UserError as error:
-            errors.setdefault(str(error))
+            # a combination that cannot be run may be what a rule leaves out
+            fits = _excluded(sweep, {**point, "method": "+".join(point["method"])})
+            hits.update(fits)
+            if not fits:
+                errors.setdefault(str(error))
             continue
         planned = _planned(run, {name: one for name, one in point.items() if name not in own.errors}, contents[key])
-        fits = [index for index, rule in enumerate(sweep.exclude) if _fits(rule, planned.point)]
+        fits = _excluded(sweep, planned.point)
         hits.update(fits)
         if not fits:
             found.setdefault(planned.run_id, planned)
@@ -131,7 +135,8 @@ def _draws(workspace: Workspace, method: list[str]) -> bool:
     """Whether the seed can change the result: else all seeds are one run."""
     known = workspace.choices("method")
     kinds = [workspace.group("method", name).get("kind", name) for name in method if name in known]
-    return any("seed" in workspace.catalogue.get("method", kind).uses for kind in kinds)
+    uses = [entry for kind in kinds for entry in workspace.catalogue.get("method", kind).uses]
+    return any(entry.split(" if ")[0] == "seed" for entry in uses)
 
 
 def _strays(workspace: Workspace, sweep: Sweep) -> Iterator[str]:
@@ -205,6 +210,11 @@ def _flat(run: Run) -> dict[str, Any]:
             options = {key: list(one) if isinstance(one, tuple) else one for key, one in part.options.items()}
             point |= {f"{prefix}.{key}": value for key, value in options.items()}
     return point
+
+
+def _excluded(sweep: Sweep, point: dict[str, Any]) -> list[int]:
+    """The rules of ``exclude`` that leave the point out, by their places."""
+    return [index for index, rule in enumerate(sweep.exclude) if _fits(rule, point)]
 
 
 def _fits(rule: dict[str, list[Any]], point: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from sparsebench.methods.kv_cache.entries import Entries, top
 from sparsebench.methods.kv_cache.expected_attention import ExpectedAttention, averaged_rotation, statistics
 from sparsebench.methods.kv_cache.h2o import H2O, SUMS
 from sparsebench.methods.kv_cache.rotary import turned
-from sparsebench.methods.kv_cache.snapkv import SnapKv
+from sparsebench.methods.kv_cache.snapkv import DROPPED, SnapKv
 from sparsebench.methods.kv_cache.streaming_llm import StreamingLlm
 from sparsebench.methods.kv_cache.tova import Tova
 
@@ -156,6 +156,21 @@ def test_snapkv_votes_per_query_head_are_those_of_the_released_code(case):
     else:  # maxima are shared by neighbours: ties
         pairs = zip(found[0].tolist(), case.golden[0].tolist(), strict=True)
         assert all(len(set(a) & set(b)) >= 0.85 * len(b) for a, b in pairs)
+
+
+@pytest.mark.golden("snapkv", "original_kept_avgpool")
+def test_a_set_per_query_head_is_that_of_the_released_code(case):
+    now = entries(case["queries_rope"], case["keys_rope"])
+    how = SnapKv(
+        window_size=number(case, "window_size"),
+        kernel_size=number(case, "kernel_size"),
+        group_reduce="per_query_head",
+        budget=number(case, "max_capacity_prompt"),
+    )
+    union = how.choose(now, how.kept(now.prompt))
+    sets = ~now.layer.state[DROPPED].transpose(2, 3)  # (B, K, H / K, S)
+    assert torch.equal(kept(sets.flatten(1, 2)), case.golden)
+    assert torch.equal(union, sets.any(dim=2))
 
 
 def sizes(case):

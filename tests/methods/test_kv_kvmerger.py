@@ -7,7 +7,7 @@ import torch
 from kv_calls import Layer
 
 from sparsebench.errors import UserError
-from sparsebench.methods.kv_cache.kvmerger import KvMerger
+from sparsebench.methods.kv_cache.kvmerger import KvMerger, Watch, neighbours
 
 NOTHING = torch.zeros(1, 1, dtype=torch.long)
 
@@ -61,6 +61,17 @@ def test_the_budget_takes_the_most_similar(options):
 def test_protected_entries_hold_sets_apart_whatever_the_budget(options):
     free = torch.tensor([[[True, True, False, True, True]]])
     assert KvMerger(**options).sets(WALK, PAID, free, NOTHING + 4)[0, 0].tolist() == [0, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "eps"), [(0.2, 0.95), (0.4, 0.9), (0.6, 0.8), (0.8, 0.2), (0.95, -1.0), (0.05, 2.0)]
+)
+def test_a_calibrated_eps_is_the_one_that_so_many_neighbours_reach(sparsity, eps):
+    watch = Watch(KvMerger())
+    free = torch.ones(1, 1, 5, dtype=torch.bool)
+    cosines = neighbours(WALK, free)[0, 0]
+    watch.cosines, watch.entries = {0: [torch.cat([cosines, torch.tensor([-2.0])])]}, {0: 5}
+    assert watch.thresholds(sparsity).tolist() == pytest.approx([eps], abs=1e-5)
 
 
 def test_sets_do_not_grow_beyond_the_largest():

@@ -24,9 +24,10 @@ from sparsebench.models.plug import Call, Handler, Work, plugged
 from sparsebench.tasks.base import Evaluation
 from sparsebench.tasks.decoding import greedy
 from sparsebench.tasks.page import NOISE
-from sparsebench.tasks.scbench import generators, scorers
+from sparsebench.tasks.scbench import documents, generators, scorers
 from sparsebench.tasks.scbench.records import middle_cut
 from sparsebench.tasks.scbench.session import Life, Session, Turn, live
+from sparsebench.tasks.scbench.synthetic import GENERATORS
 from sparsebench.tasks.scbench.task import SCBench
 
 LADDER = Path(sparsebench.__file__).parent / "models" / "weights" / "tokenizer"
@@ -63,10 +64,38 @@ def pairs() -> LoadedModel:
         ("choice", "B. because", ["B"], 1.0),
         ("choice", "because B", ["B"], 0.0),
         ("qa", "in New York", ["Paris", "New York"], 1.0),
+        ("needle", "It is 12345.", ["12345"], 1.0),
+        ("summary", "The cat sat, the dog lay", ["the cat sat", "nothing"], 2 * 3 / (6 + 3)),
+        ("summary", "", ["the cat sat"], 0.0),
     ],
 )
 def test_scores(kind: str, text: str, labels: list[str], score: float) -> None:
     assert scorers.SCORERS[kind](text, labels) == score
+
+
+CODE = "def f(x):\n    if x > 3:\n        return x * 2 + 1\n    return [x, 0, x]"
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        (CODE, 1.0),
+        (f"Here it is:\n```python\n{CODE}\n```\nIt doubles.", 1.0),  # only the function counts
+        (CODE.replace("f(x)", "g(x)"), 1.0),  # near enough
+        (CODE.replace("x", "y"), 0.0),  # the right idea in other words
+        (CODE.replace("3", "5"), 0.0),  # another candidate's
+        ("It doubles.", 0.0),
+    ],
+)
+def test_a_function_must_be_the_one_that_is_meant(text: str, score: float) -> None:
+    assert scorers.function(text, [CODE, CODE.replace("3", "5"), "def h():\n    return 0"]) == score
+
+
+def test_similarity_is_bleu() -> None:
+    assert scorers.similarity("a b c d e", "a b c d e") == 1.0
+    assert scorers.similarity("a b c d x", "a b c d e") == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
+    assert scorers.similarity("a b c d", "a b c d e") == pytest.approx(2.718281828 ** (1 - 5 / 4))
+    assert scorers.similarity("a b c", "a b c") == 0.0  # no 4-gram
 
 
 # ------------------------------------------------------------------ sessions in English
@@ -124,7 +153,42 @@ def test_a_mix_asks_in_turn() -> None:
     assert len({one.question for one in draft.asked}) == 5
 
 
-@pytest.mark.parametrize("name", generators.GENERATORS)
+def test_functions_do_what_is_said_of_them() -> None:
+    draft = documents.repoqa(Random(6), 40, 5)
+    made: dict[str, Any] = {}
+    exec(draft.context, made)  # the code is code
+    assert len([one for one in made.values() if callable(one)]) == 40
+    assert len({one.question for one in draft.asked}) == 5
+    for one in draft.asked:
+        assert one.labels[0] == one.answer and one.answer in draft.context and len(set(one.labels)) == 40
+        assert one.answer.split("(")[0].removeprefix("def ") not in one.question
+        assert scorers.function(one.answer, one.labels) == 1.0
+        assert scorers.function(one.labels[1], one.labels) == 0.0
+        made["found"] = eval(one.answer.split("(")[0].removeprefix("def "), made)(range(200))
+        smallest = re.search(r"the (\d) smallest", one.question)
+        assert smallest is None or len(made["found"]) <= int(smallest[1])
+
+
+def test_a_summary_is_what_happened_and_when() -> None:
+    draft = documents.summary(Random(7), 60, 5)
+    reports = draft.context.split("\n\n")
+    assert len(reports) == len(draft.asked) == 5 and draft.context.count(". ") > 60
+    for report, one in zip(reports, draft.asked, strict=True):
+        assert re.findall(r"In \d{4} [^.]+\.", report) == re.findall(r"In \d{4} [^.]+\.", one.answer)
+        assert scorers.rouge(one.answer, one.labels) == 1.0 > scorers.rouge(report, one.labels) > 0
+
+
+def test_mixes_of_code_and_prose_ask_in_turn() -> None:
+    hidden = documents.summary_with_needles(Random(8), 60, 5)
+    assert [(one.kind, one.max_new) for one in hidden.asked[:2]] == [("summary", 800), ("needle", None)]
+    assert all(f"{one.question} {one.answer}." in hidden.context for one in hidden.asked[1::2])
+    code = documents.repoqa_and_kv(Random(9), 12, 5)
+    assert [(one.kind, one.max_new) for one in code.asked[:2]] == [("repoqa", None), ("kv", 80)]
+    objects = [json.loads(line) for line in code.context.splitlines() if line.startswith("{")]
+    assert len(objects) == 12 and {code.asked[1].labels[0]} <= {value for one in objects for value in one.values()}
+
+
+@pytest.mark.parametrize("name", GENERATORS)
 def test_contexts_are_exact_and_repeatable(llama: LoadedModel, name: str) -> None:
     task = SCBench(name=name, form="natural", length=1500, samples=2, turns=3)
     found = task.prepare(llama, None)
@@ -326,6 +390,8 @@ def test_records_of_every_form(command: Command) -> None:
         ("model=tiny_100k task=scbench_kv task.file=/no/such.jsonl", "task.file=/no/such.jsonl"),
         ("model=tiny_100k task=scbench_kv task.form=natural task.file={text}", "line 1 is not a session"),
         ("model=tiny_100k task=scbench_kv task.file={text}", "goes with"),
+        ("model=tiny_100k task=scbench_repoqa task.length=1000", "with their questions"),
+        ("model=tiny_100k task=scbench_repoqa task.file={text}", "goes with"),
         ("model=tiny_100k task=scbench_kv task.mode=scdq", "multi_request"),
         ("model=tiny_100k task=scbench_kv task.golden_context=false task.mode=multi_request", "multi_turn"),
     ],

@@ -12,6 +12,11 @@ entries, then the same is done on it; the accumulated score moves with the entri
 ``tau=1.01`` is eviction by the same score; ``tau=mean`` takes the head's mean similarity. ``norm_preserve`` is the
 paper's key norm. The window is 32, at most half of the budget. Achieved sparsity is 1 - kept / T at the end of the
 prompt.
+
+A centre is the best of its class by score, not its only member: neighbours that say the same have about the same score
+(pooling makes it the same), so both stay or both fall, and a twin that falls finds no centre like it. On facts that
+stand twice in a row it therefore recalls what eviction by its score does, less than random entries, of which one of two
+twins is enough; where twins are apart it is at random's level.
 """
 
 from __future__ import annotations

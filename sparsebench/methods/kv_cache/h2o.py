@@ -55,7 +55,7 @@ class H2O(Evictor):
         "real_drop", "which published code is followed", choices=("real_drop", "masked", "global_lmeval", "observed")
     )
     heavy_share: float = option(0.5, "share of the budget for heavy hitters, the rest is recent", low=0.0, high=1.0)
-    heavy_size: int | None = option(None, "heavy hitters, in place of sparsity", low=0, unit="tokens")
+    heavy_size: int | None = option(None, "heavy hitters, in place of sparsity", low=0, unit="instead of sparsity")
     recent_size: int | None = option(None, "recent entries, with heavy_size", low=0, unit="tokens")
 
     @property
@@ -70,6 +70,8 @@ class H2O(Evictor):
         if (self.heavy_size is None) != (self.recent_size is None):
             given = "heavy_size" if self.recent_size is None else "recent_size"
             raise UserError(f"{self.name(given)}: heavy_size and recent_size go together")
+        if self.heavy_size is not None and self.budget is not None:
+            raise UserError(f"{self.name('heavy_size')}: goes without {self.name('budget')}")
         if self.heavy_size is not None and self.heavy_size + (self.recent_size or 0) < 1:
             raise UserError(f"{self.name('heavy_size')}: heavy_size + recent_size must be at least 1")
 

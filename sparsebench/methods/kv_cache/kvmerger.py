@@ -9,16 +9,19 @@ code.
 Never merged: the newest ``recent_ratio`` of the prompt and its ``hh_ratio`` heavy hitters; a set does not reach over
 them. ``eps_mode=budget`` takes for each layer and head the largest eps that leaves at most the budget; with
 ``linkage=adjacent`` and no largest set that is a rank of s, exactly, else it is found by bisection. ``fixed`` uses
-``eps`` (0.75) and reaches whatever it does. A budget that the protected entries do not leave room for is missed (they
-hold sets apart). ``linkage=centroid`` compares the next key with the mean of the set, ``pivot`` with its most attended
-member. Keys are merged as they are cached, rotated, and stand at the pivot's position; a merged entry has the softmax
-mass of one, which is why heavy hitters are left out. Attention is averaged over a KV head's query heads and moves with
-the entries. Once ``merge_interval`` tokens were decoded the same is done again. Sparsity is 1 - entries / T.
+``eps`` (0.75) and reaches whatever it does. ``calibrated`` takes for each layer the eps that leaves the asked share on
+calibration text, on average over its heads, and keeps it: the paper's claim that the similarity of neighbours belongs
+to the model, not to the text, is what decides how near the asked share comes on another text. A budget that the
+protected entries do not leave room for is missed (they hold sets apart). ``linkage=centroid`` compares the next key
+with the mean of the set, ``pivot`` with its most attended member. Keys are merged as they are cached, rotated, and
+stand at the pivot's position; a merged entry has the softmax mass of one, which is why heavy hitters are left out.
+Attention is averaged over a KV head's query heads and moves with the entries. Once ``merge_interval`` tokens were
+decoded the same is done again. Sparsity is 1 - entries / T.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,11 +30,14 @@ from transformers import PreTrainedModel
 from sparsebench.costs.flops import Attention
 from sparsebench.declare import Taxonomy, method, option
 from sparsebench.errors import UserError
+from sparsebench.methods.base import Surroundings
 from sparsebench.methods.kv_cache.base import Evictor
 from sparsebench.methods.kv_cache.entries import Entries, newest, top
+from sparsebench.models.plug import Call, Handler, Work, plugged
 
 PAID, KNOWN = "kvmerger_paid", "kvmerger_known"  # attention so far; whether an entry was there at the last merge
 _HALVINGS = 16
+_NEAR = 0.05  # eps_mode=calibrated: how far from the asked sparsity another text may come
 
 
 @method(
@@ -40,6 +46,7 @@ _HALVINGS = 16
     paper="Wang et al. 2024, arXiv 2407.08454",
     target="kv_cache",
     phase="prefill+decode",
+    uses=("calibration if eps_mode=calibrated",),
     baseline="random_kv",
     taxonomy=Taxonomy(
         object="kv_cache",
@@ -54,7 +61,11 @@ _HALVINGS = 16
 class KvMerger(Evictor):
     """Merges runs of entries with similar keys, weighed around their most attended one."""
 
-    eps_mode: str = option("budget", "eps from the budget, or as given", choices=("budget", "fixed"))
+    eps_mode: str = option(
+        "budget",
+        "eps from each prompt's budget, as given, or from calibration text",
+        choices=("budget", "fixed", "calibrated"),
+    )
     eps: float = option(0.75, "eps_mode=fixed: least cosine of neighbours in a set", low=-1.0, high=2.0)
     linkage: str = option("adjacent", "what the next key is compared with", choices=("adjacent", "centroid", "pivot"))
     sigma: str = option("mean_dist", "width of the Gaussian", choices=("mean_dist", "rms"))
@@ -72,11 +83,30 @@ class KvMerger(Evictor):
     def while_decoding(self) -> bool:
         return True
 
+    def check_model(self, model: PreTrainedModel) -> None:
+        given = next((n for n in ("budget", "budget_bytes", "max_set_size") if getattr(self, n) is not None), None)
+        given = "linkage" if given is None and self.linkage != "adjacent" else given
+        if self.eps_mode == "calibrated" and given is not None:
+            raise UserError(
+                f"{self.name(given)}: method.kvmerger.eps_mode=calibrated goes with sparsity, linkage=adjacent and "
+                "sets of any size"
+            )
+
+    def fit(self, around: Surroundings) -> dict[str, Tensor]:
+        if self.eps_mode != "calibrated" or not self.asked:
+            return {}
+        model, windows, watch = around.loaded.model, around.calibration(), Watch(self)
+        with plugged(model, watch), torch.no_grad():
+            for index, window in enumerate(windows):
+                model(input_ids=window[None].to(around.loaded.device), use_cache=True)
+                around.progress(index + 1, len(windows))
+        return {"eps": watch.thresholds(self.asked)}
+
     def check_prompt(self, tokens: int) -> None:
         super().check_prompt(tokens)
         kept = int(self.kept(torch.tensor(tokens)))
         protected = int(tokens * self.recent_ratio) + int(tokens * self.hh_ratio)
-        if self.eps_mode == "budget" and kept < min(tokens, protected + 1):
+        if self.eps_mode != "fixed" and kept < min(tokens, protected + 1):
             what = self.name("sparsity" if self.budget is None else "budget")
             raise UserError(
                 f"{what}: keeps {kept} of a prompt's {tokens} tokens; recent_ratio + hh_ratio alone are {protected}"
@@ -88,6 +118,8 @@ class KvMerger(Evictor):
 
     def compress(self, now: Entries) -> None:
         self.observe(now)
+        if self.asked == 0:
+            return
         state = now.layer.state
         known = state.setdefault(KNOWN, torch.zeros_like(now.valid))
         fresh = (now.valid & ~known).sum(dim=-1).amax(dim=1)
@@ -104,8 +136,11 @@ class KvMerger(Evictor):
             raise ValueError("nothing was cached yet")
         keys, values, paid = (_ordered(x.float(), order) for x in (layer.keys, layer.values, layer.state[PAID]))
         inside = now.valid.gather(2, order)
-        free = self._mergeable(now, inside, paid) & due[:, None, None]
-        sets = self.sets(keys, paid, free, now.lengths - self.kept(now.prompt)[:, None])
+        free = self.mergeable(now, inside, paid) & due[:, None, None]
+        if self.eps_mode == "calibrated":
+            sets = self._linked(keys, paid, free, now.learned["eps"][now.call.index].to(keys).expand(now.lengths.shape))
+        else:
+            sets = self.sets(keys, paid, free, now.lengths - self.kept(now.prompt)[:, None])
         pivots, keys, values, paid = self.merged(keys, values, paid, sets)
         back = order.argsort(dim=-1)
         layer.keys = _ordered(keys, back).to(layer.keys.dtype)
@@ -115,7 +150,7 @@ class KvMerger(Evictor):
         layer.state[KNOWN] = torch.where(due[:, None, None], now.valid, layer.state[KNOWN])
         now.keep(pivots.gather(2, back))
 
-    def _mergeable(self, now: Entries, inside: Tensor, paid: Tensor) -> Tensor:
+    def mergeable(self, now: Entries, inside: Tensor, paid: Tensor) -> Tensor:
         """(B, K, S) bool, in order of the entries: neither recent nor heavy hitters."""
         recent, heavy = ((now.prompt.double() * share).long()[:, None] for share in (self.recent_ratio, self.hh_ratio))
         free = inside & ~newest(inside, recent)
@@ -185,7 +220,32 @@ class KvMerger(Evictor):
         return 2.0 * layer.head_dim * (layer.heads * layer.pairs(length) + layer.kv_heads * length)
 
     def tolerance(self, shortest: int, model: PreTrainedModel) -> float:
-        return 2 / max(1, shortest)
+        return 2 / max(1, shortest) + (_NEAR if self.eps_mode == "calibrated" else 0.0)
+
+
+@dataclass
+class Watch(Handler):
+    """Notes how similar mergeable neighbours are in each layer, over all heads and prompts."""
+
+    how: KvMerger
+    cosines: dict[int, list[Tensor]] = field(default_factory=dict)
+    entries: dict[int, int] = field(default_factory=dict)
+
+    def after(self, call: Call, work: Work) -> None:
+        now = Entries(call)
+        paid = now.grouped(now.attention_sums()).mean(dim=2)
+        free = self.how.mergeable(now, now.valid, paid)
+        self.cosines.setdefault(call.index, []).append(neighbours(call.key.float(), free).flatten().cpu())
+        self.entries[call.index] = self.entries.get(call.index, 0) + int(now.lengths.sum())
+
+    def thresholds(self, sparsity: float) -> Tensor:
+        """(layers,): the eps that as many neighbours reach as entries are to go; -1 where there are not so many."""
+        found = []
+        for layer in sorted(self.cosines):
+            ranked = torch.cat(self.cosines[layer]).sort(descending=True).values
+            wanted = round(sparsity * self.entries[layer])
+            found.append(float(ranked[wanted - 1].clamp(min=-1.0)) if wanted else 2.0)
+        return torch.tensor(found)
 
 
 def neighbours(keys: Tensor, free: Tensor) -> Tensor:

@@ -6,8 +6,10 @@
 Dropped once, at the end of the prompt; decoded tokens stay. The window is 64 queries (kvpress), at most half of the
 budget, unless it is given. With ``local_window`` the harmonised form of Sparse Frontier (arXiv 2504.17768, 4.4) is
 followed: votes count over all columns, and the last ``local_window`` and first ``prefix_tokens`` entries always stay.
-The released SnapKV instead keeps a set per query head, for which it stores keys and values once per query head: that
-form saves no memory in grouped-query models and is not offered. Pooling at the borders divides by the whole kernel.
+``group_reduce=per_query_head`` is the released SnapKV, where each query head keeps its own set. It stores keys and
+values once per query head; here a KV head stores what any of its query heads keeps, and each reads its own, so the
+outputs are the same, ``achieved`` counts sets, and ``kv_stored`` the union. Pooling at the borders divides by the whole
+kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +26,11 @@ from sparsebench.costs.flops import Attention
 from sparsebench.declare import Taxonomy, method, option
 from sparsebench.errors import UserError
 from sparsebench.methods.kv_cache.base import Evictor
-from sparsebench.methods.kv_cache.entries import Entries, newest, oldest
+from sparsebench.methods.kv_cache.entries import Entries, newest, oldest, top
+from sparsebench.models.plug import Allowed, Work
+from sparsebench.models.plug.cache import HOLE
+
+DROPPED = "snapkv_dropped"  # per-entry memory: the query heads (of the group) whose set it is not in
 
 
 @method(
@@ -52,7 +58,9 @@ class SnapKv(Evictor):
     )
     kernel_size: int = option(5, "columns that are pooled together, an odd number", low=1, unit="tokens")
     pooling: str = option("avg", "how", choices=("avg", "max"))
-    group_reduce: str = option("mean", "how a KV head's query heads vote together", choices=("mean", "max"))
+    group_reduce: str = option(
+        "mean", "how a KV head's query heads vote together, or each alone", choices=("mean", "max", "per_query_head")
+    )
     window_reduce: str = option("mean", "how the queries of the window vote together", choices=("mean", "max"))
     local_window: int | None = option(
         None, "last entries that always stay; the window, which is not voted on, if not given", low=1, unit="tokens"
@@ -81,13 +89,37 @@ class SnapKv(Evictor):
         super().check_prompt(tokens)
 
     def score(self, now: Entries) -> Tensor:
+        """As the base says; with ``group_reduce=per_query_head`` (B, H, S)."""
         window = self.window(self.kept(now.prompt))
         latest = newest(now.valid, window[:, None])
         weights = now.attention(min(int(window.max()), now.call.tokens))
         votes = self.votes(weights, window, now, None if self.local_window else latest)
         forced = oldest(now.valid, self.prefix_tokens)
         forced |= latest if self.local_window is None else newest(now.valid, self.local_window)
-        return votes.masked_fill(forced, torch.inf)
+        return votes.masked_fill(now.repeated(forced) if self.alone else forced, torch.inf)
+
+    @property
+    def alone(self) -> bool:
+        """Whether every query head keeps its own set."""
+        return self.group_reduce == "per_query_head"
+
+    def choose(self, now: Entries, count: Tensor) -> Tensor:
+        if not self.alone:
+            return super().choose(now, count)
+        sets = now.grouped(top(self.score(now), count[:, None], now.repeated(now.valid)))  # (B, K, H / K, S)
+        now.layer.state[DROPPED] = ~sets.transpose(2, 3)
+        return sets.any(dim=2)
+
+    def allow(self, now: Entries) -> Allowed | None:
+        dropped = now.layer.state.get(DROPPED)
+        return None if dropped is None else Allowed(~dropped.transpose(2, 3).flatten(1, 2)[:, :, None])
+
+    def tally(self, now: Entries, work: Work) -> tuple[float, float]:
+        dropped, where = now.layer.state.get(DROPPED), now.layer.positions
+        if not now.prefill or dropped is None or where is None:
+            return super().tally(now, work)
+        total = float(now.prompt.sum()) * work.computed.shape[1]
+        return total - float((~dropped & (where != HOLE)[..., None]).sum()), total
 
     def votes(self, weights: Tensor, window: Tensor, now: Entries, without: Tensor | None) -> Tensor:
         """Pooled votes (B, K, S) from weights (B, H, w, S), of each row's last ``window`` (B,) queries, not for the
@@ -96,8 +128,11 @@ class SnapKv(Evictor):
         asked = places >= weights.shape[2] - window[:, None]  # rows of a batch may have shorter windows
         weights = weights * asked[:, None, :, None]
         votes = weights.amax(dim=2) if self.window_reduce == "max" else weights.sum(dim=2) / window[:, None, None]
-        votes = now.grouped(votes)
-        votes = votes.amax(dim=2) if self.group_reduce == "max" else votes.mean(dim=2)
+        if self.group_reduce != "per_query_head":
+            votes = now.grouped(votes)
+            votes = votes.amax(dim=2) if self.group_reduce == "max" else votes.mean(dim=2)
+        elif without is not None:
+            without = now.repeated(without)
         return self.pooled(votes if without is None else votes.masked_fill(without, 0))
 
     def pooled(self, votes: Tensor) -> Tensor:

@@ -46,7 +46,9 @@ class StreamingLlm(Evictor):
     """Keeps the first entries and a sliding window of the newest, in every head alike."""
 
     n_sink: int = option(4, "first entries, which always stay", low=0, unit="tokens")
-    recent: int | None = option(None, "newest entries that stay, in place of sparsity", low=1, unit="tokens")
+    recent: int | None = option(
+        None, "newest entries that stay, in place of sparsity", low=1, unit="instead of sparsity"
+    )
     positions: str = option(
         "cache", "rotary positions: places in the cache (paper) or in the text (kvpress)", choices=("cache", "text")
     )

@@ -61,7 +61,7 @@ class TokenSelect(Selector):
 
     n_init: int | None = option(None, "first tokens that are read; 128 if not given", low=0, unit="tokens")
     n_local: int | None = option(None, "last tokens that are read; 512 if not given", low=1, unit="tokens")
-    top_k: int | None = option(None, "tokens voted for, in place of sparsity", low=1, unit="tokens")
+    top_k: int | None = option(None, "tokens voted for, in place of sparsity", low=1, unit="instead of sparsity")
     chunk_size: int = option(512, "tokens that share a selection, at most n_local", low=1, unit="tokens")
     rotate_query: bool = option(True, "rotate queries to the edge of the window before they vote")
     pool_kernel: int = option(-1, "votes: maximum over so many neighbours, an odd number; -1: off", low=-1)

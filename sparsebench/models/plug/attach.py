@@ -135,9 +135,16 @@ def reach(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **told: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    **told: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls."""
+    """The attention function that transformers calls. ``dropout``, which is 0 in evaluation, by place as well: kvpress
+    wraps all attention functions there are and calls them so."""
     scaling = told.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     probe = _PROBE.get()
@@ -217,6 +224,11 @@ def compute(call: Call, handlers: list[Handler]) -> Tensor:
     allowed = [handler.allow(call) for handler in handlers]
     batch, heads, tokens = call.query.shape[:3]
     weigh = any(handler.wants_weights for handler in handlers)
+    dense = call.slots.sum(dim=(1, 2, 3))
+    made = allowed[0].by_kernel(call) if len(handlers) == 1 and not weigh and allowed[0] is not None else None
+    if made is not None:
+        handlers[0].after(call, Work(made[1], dense))
+        return made[0].transpose(1, 2).contiguous()
     counts = [torch.zeros(batch, heads, dtype=torch.long, device=call.query.device) for _ in handlers]
     key, value = (x.repeat_interleave(call.groups, dim=1) if call.groups > 1 else x for x in (call.key, call.value))
     size = max(1, _PAIRS_AT_ONCE // max(1, batch * heads * key.shape[2]))
@@ -233,7 +245,6 @@ def compute(call: Call, handlers: list[Handler]) -> Tensor:
             weights.append(F.pad(weight, (0, key.shape[2] - behind)))
     if weigh:
         call.weights = torch.cat(weights, dim=2)
-    dense = call.slots.sum(dim=(1, 2, 3))
     for handler, count in zip(handlers, counts, strict=True):
         handler.after(call, Work(count, dense))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()

@@ -157,6 +157,11 @@ class Allowed:
         """The bias of the queries start .. stop - 1, or None."""
         return self.bias if self.bias is None or self.bias.shape[-2] == 1 else self.bias[..., start:stop, :]
 
+    def by_kernel(self, call: Call) -> tuple[Tensor, Tensor] | None:
+        """Where a kernel computes all of this: the output (B, H, T, D) and the computed pairs (B, H) int64. None: the
+        plug computes it, exactly, from the mask."""
+        return None
+
 
 @dataclass(frozen=True)
 class Work:

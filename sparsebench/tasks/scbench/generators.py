@@ -6,7 +6,6 @@ strings, noise sentences, numbers or shots. A draft depends on its random number
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from statistics import median
@@ -19,12 +18,13 @@ from sparsebench.tasks.page import NOISE
 @dataclass(frozen=True)
 class Asked:
     """One question in words. ``labels``: what is looked for in the answer; ``answer``: as it stands in the context of
-    later turns."""
+    later turns; ``max_new``: ids to generate, where the mix that it is part of allows others than its kind."""
 
     kind: str
     question: str
     labels: list[str]
     answer: str
+    max_new: int | None = None
 
 
 @dataclass(frozen=True)
@@ -147,14 +147,3 @@ def mix(rng: Random, n: int, turns: int) -> Draft:
     chosen = [one[(place // 2) % len(one)] for place, one in enumerate(asked)]
     context = f"{pairs.context}\n\n{numbers.context}"
     return Draft("Read this JSON object and this list of numbers.", context, chosen)
-
-
-Generator = Callable[[Random, int, int], Draft]
-GENERATORS: dict[str, tuple[Generator, Callable[[int], int]]] = {  # and the least n for so many turns
-    "kv": (kv, lambda turns: turns),
-    "prefix_suffix": (prefix_suffix, lambda turns: 5 * turns),
-    "vt": (vt, lambda turns: 0),
-    "mf": (mf, lambda turns: 1),
-    "many_shot": (many_shot, lambda turns: turns),
-    "mix": (mix, lambda turns: turns),
-}

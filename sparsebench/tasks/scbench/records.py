@@ -71,7 +71,8 @@ def session(model: LoadedModel, name: str, context: list[int], asked: Sequence[A
     turns = []
     for one in asked:
         question, gold = encode(f"\n\n{one.question}"), encode(f" {one.answer}")
-        turns.append(Turn(one.kind, question, gold, MAX_NEW[one.kind], partial(score, one=one)))
+        most = MAX_NEW[one.kind] if one.max_new is None else one.max_new
+        turns.append(Turn(one.kind, question, gold, most, partial(score, one=one)))
     return Session(name, context, turns)
 
 

@@ -5,10 +5,12 @@ that of all turns but the first: a method that drops what question 1 does not ne
 Mixed tasks also have a score by kind. Notes: ``kv_kept_first`` and ``kv_kept_last`` (entries stored / tokens seen after
 the first prompt and at the end), ``tokens_read`` and ``tokens_reused`` of a session (what sharing the context saved).
 
-Forms: ``recall`` for model=pair_recall, ``tinyworld`` for the ladder (kv, vt), ``natural`` for real models (all),
-where ``file`` takes sessions of the data set's own form instead (also qa and choice). Deviations from the paper:
-contexts have exactly the asked length, so nothing is cut out of their middle unless ``file`` brings longer ones;
-prompts have no chat template, as follow-ups must continue them; its summary and repository tasks are not here.
+Forms: ``recall`` for model=pair_recall, ``tinyworld`` for the ladder (kv, vt), ``natural`` for real models
+(all), where ``file`` takes sessions of the data set's own form instead (also qa and choice, not repoqa and the mixes,
+whose candidates and kinds such a file does not name). Deviations from the paper: contexts have exactly the asked
+length, so nothing is cut out of their middle unless ``file`` brings longer ones; prompts have no chat template, as
+follow-ups must continue them; code and prose are made up (``documents``), so they measure what a cache keeps, not how
+well a model codes or writes.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from sparsebench.models.base import LoadedModel
 from sparsebench.tasks.base import Evaluation, Outcome, Score
 from sparsebench.tasks.page import Page
 from sparsebench.tasks.scbench import records, tiny
-from sparsebench.tasks.scbench.generators import GENERATORS, Draft
+from sparsebench.tasks.scbench.generators import Draft
 from sparsebench.tasks.scbench.session import Life, Lived, Session, live
+from sparsebench.tasks.scbench.synthetic import GENERATORS, MIXED
 
 
 @task(name="scbench", version=1, metric="score", better="higher", gives=("prefill", "decode"))
@@ -38,8 +41,9 @@ class SCBench(Declared):
     name: str = option(
         "kv",
         "which task; qa and choice need a file",
-        choices=("kv", "prefix_suffix", "vt", "mf", "many_shot", "mix", "qa", "choice"),
-    )
+        choices=("kv", "prefix_suffix", "vt", "mf", "many_shot", "repoqa", "summary", "summary_with_needles",
+                 "repoqa_and_kv", "mix", "qa", "choice"),
+    )  # fmt: skip
     form: str = option("tinyworld", "the language of the sessions", choices=("natural", "tinyworld", "recall"))
     mode: str = option(
         "multi_turn",
@@ -68,8 +72,11 @@ class SCBench(Declared):
 
     def prepare(self, model: LoadedModel, corpora: Any) -> list[Session]:
         """The sessions. UserError when they do not fit the model, or task, form and file do not go together."""
-        if self.file is not None and (self.form != "natural" or self.name == "mix"):
-            raise UserError(f"task.file={self.file}: goes with task.form=natural and a task.name other than mix")
+        if self.file is not None and (self.form != "natural" or self.name in (*MIXED, "repoqa")):
+            generated = ", ".join((*MIXED, "repoqa"))
+            raise UserError(
+                f"task.file={self.file}: goes with task.form=natural and a task.name other than {generated}"
+            )
         seeds = range(self.seed, self.seed + self.samples)
         if self.form == "recall":
             if self.name != "kv":
@@ -88,6 +95,11 @@ class SCBench(Declared):
                 f"{model.name} has a context of {model.context}"
             )
         return found
+
+    def prompts(self, prepared: list[Session]) -> list[int]:
+        """Lengths of what is read before a method compresses, in tokens."""
+        asked = self.mode == "multi_turn"
+        return sorted({len(one.context) + (len(one.turns[0].question) if asked else 0) for one in prepared})
 
     def _from_file(self, model: LoadedModel) -> Iterator[Session]:
         page = Page(model.tokenizer, self.length, chat=False)
