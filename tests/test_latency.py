@@ -37,11 +37,42 @@ def test_a_record_holds_milliseconds_of_the_swapped_model(
     assert "x dense" in answer.out
 
 
+@pytest.mark.parametrize(
+    ("words", "layers"),
+    [
+        (["method=wina", "calibration.nsamples=2", "calibration.seqlen=64"], 14),  # on rotated weights
+        (["method=cats", "calibration.nsamples=2", "calibration.seqlen=64"], 4),  # rows of up, columns of down
+        (["method=statistical_topk"], 4),
+        (["method=sirius", "task=generation", "task.items=2", "task.samples=2", "method.sirius.period=4"], 6),
+    ],
+    ids=["wina", "cats", "statistical_topk", "sirius"],
+)
+def test_what_gates_drop_is_skipped(command: Command, words: list[str], layers: int) -> None:
+    small = SMALL if "task=generation" not in words else SMALL[:1]
+    answer = command(*small, *words, "sparsity=0.5", "kernel=auto")
+    assert answer.code == 0, answer.err
+    (record,) = answer.store.records()
+    assert record["latency"] == "measured" and record["kernel_layers"] == layers
+    assert record["kernel_error"] < 1e-5 and record["ms_decode"] > 0
+    assert record["bytes_decode"] < record["bytes_decode_dense"]
+
+
 def test_attention_that_no_kernel_runs_is_told(command: Command) -> None:
     answer = command(*SMALL, "method=local_sink", "sparsity=0.3", "kernel=auto")
     assert answer.code == 0, answer.err
     (record,) = answer.store.records()
     assert record["latency"] == "measured, but attention by the reference"
+    assert "attention by the reference: what is computed is no set of blocks" in record["warnings"]
+
+
+def test_blocks_of_attention_run_on_a_kernel(command: Command) -> None:
+    prompt = ["model=tiny_100k", "task=sf_niah", "task.length=256", "task.samples=2"]
+    blocks = ["method=block_sparse", "method.block_sparse.chunk_size=64", "method.block_sparse.top_chunks=3"]
+    answer = command(*prompt, *blocks, "kernel=auto")
+    assert answer.code == 0, answer.err
+    (record,) = answer.store.records()
+    assert (record["latency"], record["kernel_layers"], record["warnings"]) == ("measured", 2, None)
+    assert record["kernel_error"] < 1e-5 and record["ms_prefill"] > 0
 
 
 def test_a_wrong_kernel_is_a_mistake(command: Command) -> None:

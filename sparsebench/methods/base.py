@@ -16,7 +16,8 @@ from sparsebench.models.base import LoadedModel
 @dataclass
 class LayerReport:
     """What a method did to one layer. ``pruned`` counts the entries its mask removed, ``spare`` the
-    zeros among the entries it kept, ``total`` the entries of its scope."""
+    zeros among the entries it kept, ``total`` the entries of its scope. ``stores_zeros``: those zeros are stored
+    like any value (codes of a quantised group), so they are no sparsity."""
 
     layer: str
     method: str
@@ -25,6 +26,7 @@ class LayerReport:
     spare: int
     asked: float | None
     pattern: str = "unstructured"
+    stores_zeros: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,11 @@ class Applied:
 @dataclass
 class Surroundings:
     """What methods may use: the model, calibration windows ((sequences, tokens) int64, made on first
-    use), the run's seed, and a progress callback (done, total)."""
+    use), the run's seed, a progress callback (done, total), and a place for what a family wants to find again in
+    the next run on the same model, which begins on the same weights (None: nothing is kept)."""
 
     loaded: LoadedModel
     calibration: Callable[[], Tensor]
     seed: int
     progress: Callable[[int, int], None] = lambda done, total: None
+    shared: dict[str, Any] | None = None

@@ -68,6 +68,42 @@ def test_cats_warns_where_its_histogram_saturates(model):
                                 "model.layers.1"]  # fmt: skip
 
 
+def test_the_statistical_estimate_of_the_first_blocks_alone(model):
+    _, counted = run(model, StatisticalTopK(sparsity=0.7, blocks=1))
+    assert {row["layer"].split(".")[2] for row in counted.rows} == {"0"}
+    assert counted.columns["density_linear"] > run(model, StatisticalTopK(sparsity=0.7))[1].columns["density_linear"]
+    with pytest.raises(UserError, match=r"^method\.statistical_topk\.blocks=3: this model has 2 blocks$"):
+        check([("s", StatisticalTopK(blocks=3))], model)
+
+
+def test_cats_fine_tunes_under_its_thresholds(tmp_path):
+    from safetensors.torch import save_file
+
+    model = llama(hidden=48, intermediate=96)
+    pruned = gated_blocks(model)[0].linears["up"].module.weight
+    pruned.data[:, ::2] = 0
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    options = {"sparsity": 0.7, "lora_rank": 4, "lr": 0.01, "batch_size": 8, "grad_accum": 1}
+    plain = run(model, Cats(sparsity=0.7))[0]
+    loaded = LoadedModel(model, None, "toy", 64)
+    one = apply([("cats", Cats(finetune_steps=20, **options))], Surroundings(loaded, lambda: WINDOWS, 0)).attachments[0]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    with one.attached(), torch.no_grad():
+        inside = gated_blocks(model)[0].linears["up"].module.weight
+        assert bool((inside[:, ::2] == 0).all()) and not torch.equal(inside, pruned)
+        tuned = model(input_ids=WINDOWS).logits
+    assert gated_blocks(model)[0].linears["up"].module.weight is pruned
+    columns = one.counted().columns
+    assert columns["finetune_loss_last"] < columns["finetune_loss_first"] - 0.05
+    assert not torch.equal(plain, tuned) and not one.counted().warnings
+    file = tmp_path / "fitted.safetensors"
+    save_file(one.fitted(), file)
+    assert torch.equal(run(model, Cats(finetune_steps=20, fitted_from=str(file), **options))[0], tuned)
+    with pytest.raises(UserError, match=r"lacks model\.layers\.0\.self_attn\.q_proj\.A"):
+        save_file({name: one.fitted()[name] for name in one.fitted() if not name.endswith(".A")}, file)
+        check([("cats", Cats(finetune_steps=20, fitted_from=str(file), **options))], model)
+
+
 def test_the_threshold_is_right_sided():
     edges = bin_edges(999, 1.0)
     values = torch.tensor([0.25, 0.75])

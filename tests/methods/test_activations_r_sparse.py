@@ -8,7 +8,7 @@ from gated_models import llama
 
 from sparsebench.errors import UserError
 from sparsebench.methods.activations import apply, check
-from sparsebench.methods.activations.evolution import search
+from sparsebench.methods.activations.evolution import search, search_in_groups
 from sparsebench.methods.activations.low_rank import budget, factors
 from sparsebench.methods.activations.r_sparse import RSparse, _nll, places
 from sparsebench.methods.activations.sites import gated_blocks
@@ -105,6 +105,33 @@ def test_the_search_is_no_worse_than_what_it_starts_from(model):
     with uniform.attached(), torch.no_grad():
         assert counted.columns["search_nll"] <= _nll(model, WINDOWS[:4]) + 1e-6
     assert run(model, method)[1].columns == counted.columns  # the seed decides
+
+
+def test_groups_are_searched_one_after_another(model):
+    settings = {"sparsity": 0.5, "sparse_tail": 1.0, "windows": 4, "alpha": 0.9}
+    method = RSparse(search=True, population=3, generations=2, groups=2, **settings)
+    columns = run(model, method)[1].columns
+    assert columns["search_nll"] <= columns["search_nll_channels"]
+    with pytest.raises(UserError, match=r"^method\.r_sparse\.groups=3: this model has 2 blocks$"):
+        check([("r_sparse", RSparse(search=True, groups=3))], model)
+
+
+def test_a_group_alone_changes_while_it_is_searched():
+    seen = []
+
+    def distance(vector):
+        seen.append(vector)
+        return float((vector - 0.5).abs().sum())
+
+    ones, groups = torch.ones(4, dtype=torch.float64), [torch.tensor([0, 1]), torch.tensor([2, 3])]
+    done = []
+    best, value = search_in_groups(
+        distance, [ones, 0.9 * ones], groups, population=6, generations=3, seed=0, progress=lambda *at: done.append(at)
+    )  # fmt: skip
+    first = seen[2 : 2 + len(done) // 2]
+    assert value == distance(best) < distance(0.9 * ones) and len(done) == 2 * (6 + 2 + 2)
+    assert all(torch.equal(one[2:], 0.9 * ones[2:]) for one in first) and any(one[0] != first[0][0] for one in first)
+    assert all(at[1] == 36 for at in done)
 
 
 def test_evolution_finds_a_known_optimum():

@@ -6,7 +6,9 @@ import pytest
 import torch
 from gated_models import llama
 
-from sparsebench.methods.activations import apply
+from sparsebench.errors import UserError
+from sparsebench.methods.activations import apply, check
+from sparsebench.methods.activations.cats import Cats
 from sparsebench.methods.activations.gating import Acting
 from sparsebench.methods.activations.sirius import NeuronGate, Sirius, neuron_statistic
 from sparsebench.methods.activations.sites import gated_blocks, walk
@@ -165,6 +167,33 @@ def test_neurons_of_the_hand_case():
 def test_one_set_for_all_beams(model):
     found, counted = decode(model, kind="cats", pattern_strict=True, threshold=0.05, period=6, tree_width=4)
     assert counted.achieved == 0.5 and found.shape == (2, PROMPTS.shape[1] + NEW)
+
+
+def test_drafts_by_the_thresholds_that_cats_saved(model, tmp_path):
+    from safetensors.torch import save_file
+
+    loaded = LoadedModel(model, None, "toy", 64)
+    around = Surroundings(loaded, lambda: PROMPTS, 0)
+    (cats,) = apply([("cats", Cats(sparsity=0.5, threshold="exact"))], around).attachments
+    file = tmp_path / "cats.safetensors"
+    save_file(cats.fitted(), file)
+    method = Sirius(kind="cats_threshold", thresholds=str(file), sparsity=0.5, threshold=0.0, period=4, tree_width=1)
+    check([("sirius", method)], model)
+    one = apply([("sirius", method)], around).attachments[0]
+    with one.attached():
+        model.generate(input_ids=PROMPTS, max_new_tokens=NEW)
+    assert [gate.threshold for gate in one.gates] == [gate.threshold for gate in cats.gates]
+    counted = one.counted()
+    assert counted.columns["advance"] == 4 and counted.achieved == pytest.approx(0.5, abs=0.15)
+    for options, says in (
+        ({"kind": "cats_threshold"}, r"kind=cats_threshold: needs method\.sirius\.thresholds=<file>"),
+        ({"kind": "cats", "thresholds": str(file)}, r"kind=cats: takes no method\.sirius\.thresholds"),
+        ({"kind": "cats_threshold", "thresholds": str(file), "sparsity": 0.75}, r"fitted for sparsity=0\.5, not 0\.75"),
+    ):
+        with pytest.raises(UserError, match=says):
+            check([("sirius", Sirius(**options))], model)
+    with pytest.raises(UserError, match="was fitted for another model"):
+        check([("sirius", method)], llama(hidden=48, intermediate=96, std=0.3))
 
 
 def test_a_task_that_does_not_generate_is_a_failed_run(command, small):

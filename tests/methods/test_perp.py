@@ -24,7 +24,7 @@ from sparsebench.methods.weights.perp import Perp
 from sparsebench.methods.weights.walk import apply
 from sparsebench.methods.weights.wanda import Wanda
 from sparsebench.models.base import LoadedModel
-from sparsebench.models.blocks import capture, decoder_blocks
+from sparsebench.models.blocks import Blocks, capture, decoder_blocks
 from sparsebench.trainer import Batch, TrainConfig, Trainer
 
 MODES = ("retrain", "reconstruct")
@@ -181,7 +181,7 @@ def test_reconstruction_lowers_the_loss_of_a_trained_model(learned):
 def test_the_error_is_that_of_each_block_on_the_recovered_prefix(make):
     model, dense = make(), make()
     notes = recovered(model, Perp(training_mode="reconstruct", **QUICK)).notes
-    inputs, total = capture(model, decoder_blocks(model)[1], WINDOWS), 0.0
+    inputs, total = capture(Blocks(model), WINDOWS), 0.0
     for index, (block, before) in enumerate(zip(model.model.layers, dense.model.layers, strict=True)):
         with torch.no_grad():
             outputs, targets = inputs.run(index, block), inputs.run(index, before)
@@ -206,7 +206,7 @@ def test_accumulated_batches_equal_one_large_batch(make, mode):
 def test_a_batch_is_the_rows_of_the_whole(make, family):
     model = make(family)
     blocks = decoder_blocks(model)[1]
-    run = BlockRun(blocks[1], 1, capture(model, blocks, WINDOWS))
+    run = BlockRun(blocks[1], 1, capture(Blocks(model), WINDOWS))
     with torch.no_grad():
         run.inputs.hidden = run.inputs.hidden[0].split((2, 3))
         for rows in (range(0, 2), range(1, 4), range(4, 5)):

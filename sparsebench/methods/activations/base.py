@@ -44,8 +44,8 @@ class ActivationMethod(Declared, ABC):
         """The sparsity to reach."""
         return 0.5 if self.sparsity is None else self.sparsity
 
-    def asked_of(self, blocks: Sequence[GatedBlock]) -> float:
-        """The sparsity asked of the whole model, in the record's denominator."""
+    def asked_of(self, blocks: Sequence[GatedBlock]) -> float | None:
+        """The sparsity asked of the whole model, in the record's denominator; None where another level was asked."""
         return self.level
 
     def sparse_tokens(self, tokens: int) -> int:
@@ -130,6 +130,16 @@ class FittedMethod(PromptMethod):
     def fit(self, model: nn.Module, windows: Tensor, seed: int, progress: Progress) -> dict[str, Tensor]:
         """What is learned from the windows (sequences, tokens), by name, on the CPU. ``seed``: of random draws."""
 
+    def tune(
+        self, model: nn.Module, windows: Tensor, tensors: Mapping[str, Tensor], around: Surroundings
+    ) -> dict[str, Tensor]:
+        """What is trained on the windows behind ``fit``, which gave ``tensors``; nothing for most methods."""
+        return {}
+
+    def tuned(self, model: nn.Module, tensors: Mapping[str, Tensor], frame: Frame) -> Frame:
+        """What the model is inside of while the gates act: ``frame``, and what ``tune`` makes of its weights."""
+        return frame
+
 
 Named = tuple[str, ActivationMethod]
 
@@ -155,18 +165,21 @@ def apply(stack: Sequence[Named], around: Surroundings) -> Applied:
 def _fitted(label: str, method: ActivationMethod, around: Surroundings) -> Gating:
     model = around.loaded.model
     tensors: dict[str, Tensor] = {}
-    loads = isinstance(method, FittedMethod) and method.fitted_from is not None
-    if isinstance(method, FittedMethod) and loads:
+    if isinstance(method, FittedMethod) and method.fitted_from is not None:
         tensors = _load(label, method, model, gated_blocks(model))
     frame = method.frame(model)
     with frame():
         blocks = gated_blocks(model)
-        if isinstance(method, FittedMethod) and not loads:
-            tensors = method.fit(model, around.calibration()[: method.windows], around.seed, around.progress)
+        if isinstance(method, FittedMethod) and method.fitted_from is None:
+            windows = around.calibration()[: method.windows]
+            tensors = method.fit(model, windows, around.seed, around.progress)
+            tensors |= method.tune(model, windows, tensors, around)
         gates = method.gates(blocks, tensors)
         warnings = method.remarks(blocks, tensors)
         one = method.attachment(label, model, blocks, gates, tensors)
     one.frame, one.warnings = frame, warnings
+    if isinstance(method, FittedMethod):
+        one.frame = method.tuned(model, tensors, frame)
     one.tensors = saved.stamped(tensors, model, method.level) if tensors else {}
     return one
 

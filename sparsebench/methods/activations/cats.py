@@ -7,22 +7,34 @@ released code (ScalingIntelligence/CATS): the LEFT edge of the first bin whose c
 fixed range up to 1. Rounding down makes the realised sparsity slightly lower; where the quantile lies beyond the
 range the threshold saturates, which the record warns of. ``threshold=exact`` takes the quantile itself. All
 tokens are gated. Sparsity and achieved are of the gate's entries (rows of up, columns of down); the gate projection
-and attention stay dense, so the whole model saves far less: see ``density_linear``. The fine-tuned variants
-of the paper are not part of this method.
+and attention stay dense, so the whole model saves far less: see ``density_linear``.
+
+``finetune_steps`` above 0 is the paper's tuned variant: thresholds first, then LoRA on q, v, gate, up and down under
+them, W + alpha / r * (B A) * (W != 0), by the language-model loss on the calibration sequences; gradients pass
+through kept entries alone, and what another method pruned stays so. Thresholds stay too, so that the realised
+sparsity may move. Rank, alpha, batch and learning rate are the release's; its dropout of 0.1 on LoRA's input is left
+out. The updates act with the gates, merged, and are saved with the thresholds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsebench.declare import Taxonomy, method, option
-from sparsebench.methods.activations.base import FittedMethod, Progress
-from sparsebench.methods.activations.gating import Gate, only
-from sparsebench.methods.activations.sites import GatedBlock, walk
+from sparsebench.methods.activations.base import FittedMethod, Frame, Progress
+from sparsebench.methods.activations.gating import Acting, Gate, only
+from sparsebench.methods.activations.sites import GatedBlock, Linear, gated_blocks, walk
+from sparsebench.methods.base import Surroundings
+from sparsebench.methods.weights.adapters import MaskLoRA
+from sparsebench.methods.weights.perp import finetune
+
+TUNED = ("q", "v", "gate", "up", "down")  # what the release trains
 
 
 class ThresholdGate(Gate):
@@ -84,9 +96,21 @@ class Cats(FittedMethod):
     )
     bins: int = option(999, "bins of the histogram", low=8, high=1_000_000)
     reach: float = option(1.0, "range of the histogram; what lies beyond falls into one bin", above=0.0)
+    finetune_steps: int = option(0, "optimiser steps of LoRA under the thresholds (the paper: 1350); 0: none", low=0)
+    lora_rank: int = option(64, "finetune_steps: rank r of the updates", low=1)
+    lora_alpha: float = option(16.0, "finetune_steps: updates are scaled by alpha / rank", above=0.0)
+    lr: float = option(1e-5, "finetune_steps: peak learning rate of AdamW, falling to 0", above=0.0)
+    batch_size: int = option(1, "finetune_steps: calibration sequences of one forward", low=1)
+    grad_accum: int = option(8, "finetune_steps: forwards of one optimiser step", low=1)
 
     def shapes(self, blocks: Sequence[GatedBlock]) -> dict[str, tuple[int, ...]]:
-        return {f"{block.name}.threshold": () for block in blocks}
+        found: dict[str, tuple[int, ...]] = {f"{block.name}.threshold": () for block in blocks}
+        if not self.finetune_steps:
+            return found
+        for linear in _tuned(blocks):
+            rows, columns = linear.module.weight.shape
+            found |= {f"{linear.name}.A": (self.lora_rank, columns), f"{linear.name}.B": (rows, self.lora_rank)}
+        return found | {"finetune.loss": (2,)}
 
     def fit(self, model: nn.Module, windows: Tensor, seed: int, progress: Progress) -> dict[str, Tensor]:
         found = {}
@@ -104,14 +128,72 @@ class Cats(FittedMethod):
             progress(seen.block.index + 1, getattr(model.config, "num_hidden_layers", 0))
         return found
 
+    def tune(
+        self, model: nn.Module, windows: Tensor, tensors: Mapping[str, Tensor], around: Surroundings
+    ) -> dict[str, Tensor]:
+        """A (r, in) and B (out, r) of every tuned layer, and ``finetune.loss``: that of the first and the last tenth
+        of the steps."""
+        if not self.finetune_steps:
+            return {}
+        blocks = gated_blocks(model)
+        draws = torch.Generator().manual_seed(around.seed)
+        adapters = {}
+        for linear in _tuned(blocks):
+            weight = linear.module.weight
+            adapters[f"{linear.name}.weight"] = MaskLoRA(weight, weight != 0, self.lora_rank, self.lora_alpha, draws)
+        with Acting(self.sparse_tokens, watched=False).on(model, self.gates(blocks, tensors)):
+            losses = finetune(
+                adapters, around, windows, steps=self.finetune_steps, lr=self.lr, batch_size=self.batch_size,
+                grad_accum=self.grad_accum, warmup=0.0,
+            )  # fmt: skip
+        tenth = max(1, len(losses) // 10)
+        found = {"finetune.loss": torch.tensor([sum(losses[:tenth]), sum(losses[-tenth:])]) / tenth}
+        for name, adapter in adapters.items():
+            layer = name.removesuffix("weight")
+            found |= {f"{layer}A": adapter.A.detach().cpu(), f"{layer}B": adapter.B.detach().cpu()}
+        return found
+
+    def tuned(self, model: nn.Module, tensors: Mapping[str, Tensor], frame: Frame) -> Frame:
+        if not self.finetune_steps:
+            return frame
+
+        @contextmanager
+        def updated() -> Iterator[None]:
+            own = [(linear.module, linear.module.weight) for linear in _tuned(gated_blocks(model))]
+            try:
+                for linear in _tuned(gated_blocks(model)):
+                    weight = linear.module.weight
+                    down, up = (tensors[f"{linear.name}.{key}"].to(weight.device) for key in ("A", "B"))
+                    update = self.lora_alpha / self.lora_rank * (up @ down) * (weight != 0)
+                    linear.module.weight = nn.Parameter((weight.float() + update).to(weight.dtype), requires_grad=False)
+                yield
+            finally:
+                for module, weight in own:
+                    module.weight = weight
+
+        return updated
+
+    def columns(self, gates: Sequence[Gate], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        if not self.finetune_steps:
+            return {}
+        first, last = tensors["finetune.loss"].tolist()
+        return {"finetune_loss_first": first, "finetune_loss_last": last}
+
     def gates(self, blocks: Sequence[GatedBlock], tensors: Mapping[str, Tensor]) -> list[Gate]:
         return [ThresholdGate(block, float(tensors[f"{block.name}.threshold"])) for block in blocks]
 
     def remarks(self, blocks: Sequence[GatedBlock], tensors: Mapping[str, Tensor]) -> list[str]:
-        if self.threshold == "exact":
-            return []
+        narrow = min(min(linear.module.weight.shape) for linear in _tuned(blocks))
+        found = []
+        if self.finetune_steps and self.lora_rank > narrow:
+            found.append(f"lora_rank={self.lora_rank} is larger than a layer has ({narrow}): its update has full rank")
         full = [block.name for block in blocks if float(tensors[f"{block.name}.threshold"]) >= self.reach]
-        if not full:
-            return []
-        which = f"{', '.join(full[:3])}{f' and {len(full) - 3} more' if len(full) > 3 else ''}"
-        return [f"the threshold saturates at the histogram's range of {self.reach:g} in {which}"]
+        if full and self.threshold == "histogram":
+            which = f"{', '.join(full[:3])}{f' and {len(full) - 3} more' if len(full) > 3 else ''}"
+            found.append(f"the threshold saturates at the histogram's range of {self.reach:g} in {which}")
+        return found
+
+
+def _tuned(blocks: Sequence[GatedBlock]) -> list[Linear]:
+    """The layers that LoRA trains."""
+    return [block.linears[kind] for block in blocks for kind in TUNED]

@@ -66,18 +66,25 @@ class Decoder:
     @torch.no_grad()
     def generate(self, ids: Tensor, new: int, ends: set[int]) -> list[int]:
         """At most ``new`` tokens behind a prompt, ids (1, tokens); up to and with the first of ``ends``."""
-        with self.prompted():
-            logits, cache = self._forward(ids, None)
+        logits, cache = self.read(ids)
         text = [int(logits[0, -1].argmax())]
         self.counts.texts += 1
         while len(text) < new and text[-1] not in ends:
-            if self.settings.correct:
-                found, cache = self._chunk(text[-1], cache, min(self.settings.period, new - len(text)), ends)
-            else:
-                found, cache = self._alone(text[-1], cache)
+            found, cache = self.advance(text[-1], cache, new - len(text), ends)
             text += found
             self.counts.tokens += len(found)
         return text
+
+    def read(self, ids: Tensor) -> tuple[Tensor, Any]:
+        """The full model's logits of a prompt, (1, tokens), and the cache behind it."""
+        with self.prompted():
+            return self._forward(ids, None)
+
+    def advance(self, start: int, cache: Any, most: int, ends: set[int]) -> tuple[list[int], Any]:
+        """The next tokens behind ``start``, at least one and at most ``most``, and the cache in front of the last."""
+        if self.settings.correct:
+            return self._chunk(start, cache, min(self.settings.period, most), ends)
+        return self._alone(start, cache)
 
     def _alone(self, start: int, cache: Any) -> tuple[list[int], Any]:
         """One token of the sparse model, never corrected."""

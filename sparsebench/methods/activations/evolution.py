@@ -7,6 +7,7 @@ drawn from the better half, mutation by N(0, 0.1) with probability 0.1 per entry
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,6 +45,49 @@ def search(
             fresh = [_child(parents, draws) for _ in range(population - elite)]
             scored = scored[:elite]
     return scored[0][1], scored[0][0]
+
+
+def search_in_groups(
+    fitness: Callable[[Tensor], float],
+    first: list[Tensor],
+    groups: list[Tensor],
+    *,
+    population: int,
+    generations: int,
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> tuple[Tensor, float]:
+    """As ``search``, over one group of entries (their indices, int64) after another while the others stay at the best
+    vector so far, which is the best of ``first`` at the start."""
+    value, best = min(((fitness(one), one) for one in first), key=lambda pair: pair[0])
+    each = population * generations
+    for number, group in enumerate(groups):
+        held = _Held(fitness, best, group)
+        part, value = search(
+            held, [best[group], *(one[group] for one in first)], population=population, generations=generations,
+            seed=seed + number, progress=_behind(number * each, len(groups) * each, progress),
+        )  # fmt: skip
+        best = held.whole(part)
+    return best, value
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The fitness of one group's entries while all others stay."""
+
+    fitness: Callable[[Tensor], float]
+    others: Tensor
+    group: Tensor
+
+    def whole(self, part: Tensor) -> Tensor:
+        return self.others.index_copy(0, self.group, part)
+
+    def __call__(self, part: Tensor) -> float:
+        return self.fitness(self.whole(part))
+
+
+def _behind(before: int, total: int, progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    return lambda done, of: progress(before + done, total)
 
 
 def _child(parents: list[Tensor], draws: torch.Generator) -> Tensor:

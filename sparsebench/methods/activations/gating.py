@@ -50,20 +50,30 @@ def only(keep: Tensor, x: Tensor) -> Tensor:
 class Gate(ABC):
     """Keeps some entries of the vectors at one place: the input of a linear layer, or the gate's activation.
 
-    ``spares``: linear layers that need not be read where an entry is dropped, with the weights per entry;
-    ``module`` and ``after``: whose input (or output) is gated. Without a ``kind`` it is the activation function."""
+    ``spares``: linear layers that need not be read where an entry is dropped, with the weights per entry: ``zeroed``,
+    whose input is zero there, and those of ``unneeded``, whose output is not needed there; ``module`` and ``after``:
+    whose input (or output) is gated. Without a ``kind`` it is the activation function. ``acts``: it is on the model;
+    ``watched``: it may compute what only the record needs."""
 
     def __init__(self, block: GatedBlock, kind: str | None, *, after: bool = True) -> None:
         self.block = block
         self.after = kind is None and after
-        if kind is None:
-            self.module: nn.Module = block.activation
-            up, down = block.linears["up"], block.linears["down"]
-            self.spares = [(up, up.module.in_features), (down, down.module.out_features)]
-        else:
-            linear = block.linears[kind]
-            self.module = linear.module
-            self.spares = [(linear, linear.module.out_features)]
+        self.acts, self.watched = False, True
+        self.zeroed = block.linears[kind or "down"]
+        self.unneeded = [block.linears["up"]] if kind is None else []
+        self.module: nn.Module = block.activation if kind is None else self.zeroed.module
+        self.needed: Tensor | None = None
+
+    @property
+    def spares(self) -> list[tuple[Linear, int]]:
+        rows = [(linear, linear.module.in_features) for linear in self.unneeded]
+        return [*rows, (self.zeroed, self.zeroed.module.out_features)]
+
+    def take(self) -> Tensor | None:
+        """Which outputs of the ``unneeded`` are needed for the token at hand: (neurons,) bool, None for all. Tells
+        once, so that no layer goes by what another token needed."""
+        needed, self.needed = self.needed, None
+        return needed
 
     @property
     def extra(self) -> int:
@@ -91,9 +101,10 @@ class Gate(ABC):
 @dataclass
 class Acting:
     """Which tokens of a call are acted on, and the tallies. ``sparse``: of a prompt's tokens, how many at its end;
-    decoded tokens (behind a cache, or a single one) are all acted on."""
+    decoded tokens (behind a cache, or a single one) are all acted on. ``watched=False``: nothing is counted."""
 
     sparse: Callable[[int], int]
+    watched: bool = True
     phase: int = PREFILL
     tallies: dict[str, Tally] = field(default_factory=dict)
 
@@ -106,10 +117,16 @@ class Acting:
         rows, tokens, _ = x.shape
         first = self.first(tokens)
         kept = entries = 0
+        gate.needed = None
         if first < tokens:
             gated, keep = gate(x[:, first:])
             x = gated if first == 0 else torch.cat([x[:, :first], gated], dim=1)
-            kept, entries = int(keep.sum()), keep.numel()
+            entries = keep.numel()
+            kept = int(keep.sum()) if self.watched else 0
+            if gate.unneeded and rows * tokens == 1:
+                gate.needed = keep.flatten()
+        if not self.watched:
+            return x
         acted = rows * (tokens - first)
         for linear, weights in gate.spares:
             tally = self.tallies.setdefault(linear.name, Tally())
@@ -134,9 +151,12 @@ class Acting:
         handles = [model.register_forward_pre_hook(phase, with_kwargs=True)]
         try:
             for gate in gates:
+                gate.acts, gate.watched = True, self.watched
                 handles += gate.install(self)
             yield
         finally:
+            for gate in gates:
+                gate.acts = False
             for handle in handles:
                 handle.remove()
             self.phase = PREFILL
@@ -165,12 +185,29 @@ class Gating:
     more: Callable[[], dict[str, Any]] = dict
     warnings: list[str] = field(default_factory=list)
     target: str = "activations"
+    watched: bool = True
     acting: Acting | None = None
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """What is attached inside neither counts nor compares anything: for measuring milliseconds."""
+        self.watched = False
+        try:
+            yield
+        finally:
+            self.watched = True
+
+    @property
+    def skips(self) -> tuple[list[str], dict[str, Callable[[], Tensor | None]]]:
+        """Names of linear layers: of those whose inputs are zeroed, and of those whose outputs are not all needed,
+        with what tells which are."""
+        outputs = {linear.name: gate.take for gate in self.gates for linear in gate.unneeded}
+        return [gate.zeroed.name for gate in self.gates], outputs
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """The gates act inside, counting anew."""
-        self.acting = Acting(self.sparse)
+        self.acting = Acting(self.sparse, self.watched)
         with ExitStack() as stack:
             stack.enter_context(self.frame())
             stack.enter_context(self.acting.on(self.model, self.gates))

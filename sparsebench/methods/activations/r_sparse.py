@@ -6,7 +6,8 @@ Of the in * out * (1 - s) weights that a token may read of a layer, a share alph
 the rank of the truncated SVD through which the dropped channels go. One t per layer: the int(n p)-th smallest score
 of the calibration tokens, p = 1 - (1 - s) alpha. alpha = 1 is channels alone, scored by |x|; alpha = 0 rank alone.
 ``alpha`` holds for all layers, or a ``recipe`` gives each its own, or ``search`` finds them by evolution (the paper's
-search; details that it does not give are in ``evolution``). The released code (VITA-Group/R-Sparse) is followed:
+search, by ``groups`` of layers; details that it does not give are in ``evolution``; that a group is a run of
+neighbouring blocks, searched behind the one before it, is ours). The released code (VITA-Group/R-Sparse) is followed:
 calibration is one window of 512 tokens, and only the last 10% of a prompt's tokens are sparse, which published
 scores rest on; here ``sparse_tail=1`` gates all of them, and 0 leaves prompts dense (there: 1). ``compat`` keeps its
 budget of k and v. Sparsity and achieved count weights read by acted tokens, factors included.
@@ -14,7 +15,7 @@ budget of k and v. Sparsity and achieved count weights read by acted tokens, fac
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ class RSparse(FittedMethod):
     search: bool = option(False, "find each layer's alpha by evolution: lowest loss on the calibration windows")
     population: int = option(32, "search: vectors of a generation", low=2, high=10_000)
     generations: int = option(5, "search: generations", low=1, high=10_000)
+    groups: int = option(1, "search: groups of neighbouring blocks; each is searched while the others stay", low=1)
     score: str = option("scaled", "|x| times the column's norm, or plain |x|", choices=("scaled", "plain"))
     store: str = option("float16", "precision in which factors and norms are kept", choices=("float16", "float32"))
     compat: bool = option(True, "count k and v as large as q in the budget, as the release does")
@@ -89,6 +91,8 @@ class RSparse(FittedMethod):
         return tokens - int(tokens * (1 - self.sparse_tail))
 
     def check_model(self, model: nn.Module, blocks: Sequence[GatedBlock]) -> None:
+        if self.groups > len(blocks):
+            raise UserError(f"method.r_sparse.groups={self.groups}: this model has {len(blocks)} blocks")
         if self.recipe is None:
             return
         if self.search:
@@ -139,12 +143,24 @@ class RSparse(FittedMethod):
                 return _nll(model, windows)
 
         ones = torch.ones(len(layers), dtype=torch.float64)
-        best, value = evolution.search(
-            loss, [ones, ones * self.alpha], population=self.population, generations=self.generations,
-            seed=seed, progress=progress,
-        )  # fmt: skip
+        best, value = self._search(loss, [ones, ones * self.alpha], len(blocks), seed, progress)
         found = self._tensors(layers, scores, best.tolist(), levels)
         return found | {"search.nll": torch.tensor([value, loss(ones)])}
+
+    def _search(
+        self, loss: Callable[[Tensor], float], first: list[Tensor], blocks: int, seed: int, progress: Progress
+    ) -> tuple[Tensor, float]:
+        """The best vector of alphas, and its loss."""
+        size, generations = self.population, self.generations
+        if self.groups == 1:
+            return evolution.search(
+                loss, first, population=size, generations=generations, seed=seed, progress=progress
+            )  # fmt: skip
+        entries = torch.arange(len(first[0])).view(blocks, -1)
+        groups = [part.flatten() for part in entries.tensor_split(self.groups)]
+        return evolution.search_in_groups(
+            loss, first, groups, population=size, generations=generations, seed=seed, progress=progress
+        )  # fmt: skip
 
     def _scores(self, model: nn.Module, windows: Tensor) -> Scores:
         found: Scores = {}

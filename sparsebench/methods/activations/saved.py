@@ -37,9 +37,9 @@ def stamped(tensors: Mapping[str, Tensor], model: nn.Module, asked: float | None
     return {**tensors, MODEL: digest(model), SPARSITY: level}
 
 
-def read(where: str, file: str, model: nn.Module, asked: float | None) -> dict[str, Tensor]:
+def read(where: str, file: str, model: nn.Module | None, asked: float | None) -> dict[str, Tensor]:
     """The tensors of a file. UserError naming the option (``where``) when it is no such file, or was fitted for
-    another model or another sparsity."""
+    another model (not looked at where None) or another sparsity."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -50,7 +50,8 @@ def read(where: str, file: str, model: nn.Module, asked: float | None) -> dict[s
         raise UserError(f"{where}={file}: not a readable safetensors file ({reason})") from None
     if MODEL not in found or SPARSITY not in found:
         raise UserError(f"{where}={file}: not written by save= of such a run: it lacks {MODEL} or {SPARSITY}")
-    if not torch.equal(found.pop(MODEL), digest(model)):
+    fitted_for = found.pop(MODEL)
+    if model is not None and not torch.equal(fitted_for, digest(model)):
         raise UserError(f"{where}={file}: was fitted for another model; fit again without this option")
     level = float(found.pop(SPARSITY))
     if asked is not None and abs(level - asked) > 1e-9:

@@ -7,13 +7,14 @@ Drafts skip MLP neurons: ``kind=griffin`` (the paper's CSparse) keeps the int(ke
     Z = act(gate) * up over the prompt;  stat_j = || Z_:j / ||Z_t||_2 ||_2 over its tokens t
 
 for a whole text, ``kind=cats`` (FSparse) those of each token with the largest |act(gate)|, the gate projection
-staying dense. ``sparsity`` is 1 - keep, of MLP neurons in drafts. Texts are decoded greedily, one at a time, in place
+staying dense, ``kind=cats_threshold`` those above a fixed threshold per layer, from the file that ``save=`` wrote for
+``method=cats``. ``sparsity`` is 1 - keep, of MLP neurons in drafts. Texts are decoded greedily, one at a time, in place
 of the model's own ``generate``: the task must generate. ``correct=false`` is the sparse model alone.
 Costs, in full passes per token (memory-bound, a pass over all beams counting once): ``effective_density`` =
 ((P - 1) density + 1) / AAL, the paper's published rows to rounding, where ``density_draft`` counts every parameter of
 the model and ``advance`` (AAL) the tokens per correction; ``passes_per_token`` is counted, last chunks included.
-``density_linear`` is counted likewise over the blocks' linear layers; FLOPs count beams and chunks in full. The
-release (Infini-AI-Lab/Sirius) also thresholds by fixed values; its tree is run here as a batch of beams.
+``density_linear`` is counted likewise over the blocks' linear layers; FLOPs count beams and chunks in full. The tree
+of the release (Infini-AI-Lab/Sirius) is run here as a batch of beams.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from torch import Tensor, nn
 
 from sparsebench.costs.saving import Saving
 from sparsebench.declare import Taxonomy, method, option
+from sparsebench.errors import UserError
+from sparsebench.methods.activations import saved
 from sparsebench.methods.activations.base import ActivationMethod
+from sparsebench.methods.activations.cats import ThresholdGate
 from sparsebench.methods.activations.drafting import Counts, Decoder, Settings
 from sparsebench.methods.activations.gating import Acting, Gate, Gating, density_linear, only, top_k
 from sparsebench.methods.activations.sites import GatedBlock
@@ -40,10 +44,12 @@ class NeuronGate(Gate):
 
     def __init__(self, block: GatedBlock, keep: int) -> None:
         super().__init__(block, "down")
-        gate, up = block.linears["gate"], block.linears["up"]
-        self.spares += [(gate, gate.module.in_features), (up, up.module.in_features)]
+        self.unneeded = [block.linears["gate"], block.linears["up"]]
         self.keep = keep
         self.chosen: Tensor | None = None
+
+    def take(self) -> Tensor | None:
+        return self.chosen if self.acts else None
 
     def look(self, hidden: Tensor) -> None:
         """Chooses the neurons from a prompt's activations: (1, tokens, neurons)."""
@@ -82,13 +88,18 @@ class Drafting(Gating):
     settings: Settings | None = None
     counts: Counts | None = None
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
+    def decoder(self) -> Decoder:
+        """What drafts and corrects, counting anew."""
         if self.settings is None:
             raise ValueError("no settings")
-        acting = self.acting = Acting(self.sparse)
+        acting = self.acting = Acting(self.sparse, self.watched)
         decoder = Decoder(self.model, self.settings, lambda: acting.on(self.model, self.gates), self._prompted)
         self.counts = decoder.counts
+        return decoder
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        decoder = self.decoder()
         model: Any = self.model
         model.generate = lambda input_ids, **how: generate(decoder, input_ids, how)
         try:
@@ -182,8 +193,11 @@ class Sirius(ActivationMethod):
 
     kind: str = option(
         "griffin",
-        "neurons of drafts: one set for a text (CSparse), or each token's (FSparse)",
-        choices=("griffin", "cats"),
+        "neurons of drafts: one set for a text (CSparse), or each token's by count (FSparse) or by fixed thresholds",
+        choices=("griffin", "cats", "cats_threshold"),
+    )
+    thresholds: str | None = option(
+        None, "kind=cats_threshold: what save= wrote for method=cats on this model at this sparsity", unit="file"
     )
     period: int = option(16, "tokens of a chunk, the trusted first one included", low=2, high=4096, unit="tokens")
     threshold: float = option(
@@ -196,12 +210,31 @@ class Sirius(ActivationMethod):
     kv_rewrite: bool = option(True, "the full model's keys and values replace the drafts' (false: ablation)")
     correct: bool = option(True, "false: the sparse model alone, the baseline")
 
+    def check_model(self, model: nn.Module, blocks: Sequence[GatedBlock]) -> None:
+        given = self.thresholds is not None
+        if given != (self.kind == "cats_threshold"):
+            other = "needs method.sirius.thresholds=<file>" if not given else "takes no method.sirius.thresholds"
+            raise UserError(f"method.sirius.kind={self.kind}: {other}; cats_threshold alone reads one")
+        if given:
+            self._thresholds(blocks, model)
+
+    def _thresholds(self, blocks: Sequence[GatedBlock], model: nn.Module | None = None) -> list[float]:
+        """The threshold of each block. UserError for a file of anything else, or of another model than this one."""
+        where, file = "method.sirius.thresholds", str(self.thresholds)
+        found = saved.read(where, file, model, self.level)
+        saved.require(where, file, found, {f"{block.name}.threshold": () for block in blocks})
+        if len(found) > len(blocks):
+            raise UserError(f"{where}={file}: holds more than thresholds; save method=cats without finetune_steps")
+        return [float(found[f"{block.name}.threshold"]) for block in blocks]
+
     def tolerance(self, blocks: Sequence[GatedBlock]) -> float:
-        return max(1 / block.hidden for block in blocks)
+        return 0.03 if self.kind == "cats_threshold" else max(1 / block.hidden for block in blocks)
 
     def gates(self, blocks: Sequence[GatedBlock], tensors: Mapping[str, Tensor]) -> list[Gate]:
         if self.kind == "cats":
             return [BeamGate(block, int(self.level * block.hidden), self.pattern_strict) for block in blocks]
+        if self.kind == "cats_threshold":
+            return [ThresholdGate(block, cut) for block, cut in zip(blocks, self._thresholds(blocks), strict=True)]
         return [NeuronGate(block, max(1, int(round(1 - self.level, 12) * block.hidden))) for block in blocks]
 
     def attachment(

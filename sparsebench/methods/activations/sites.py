@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsebench.errors import UserError
-from sparsebench.models.blocks import BlockInputs, capture, decoder_blocks
+from sparsebench.models.blocks import BlockInputs, Blocks, capture, decoder_blocks
 
 SITE_OF = {
     "q": "attn_in", "k": "attn_in", "v": "attn_in", "o": "attn_out", "gate": "mlp_in", "up": "mlp_in",
@@ -102,7 +102,7 @@ def walk(model: nn.Module, windows: Tensor, sites: Sequence[str]) -> Iterator[Bl
     """Pushes ``windows`` (sequences, tokens) block by block through the dense model, one block's activations in
     memory at a time. Whoever reads a block may hook it, and must leave it as it was."""
     blocks = gated_blocks(model)
-    inputs = capture(model, decoder_blocks(model)[1], windows)
+    inputs = capture(Blocks(model), windows)
     for block in blocks:
         found: dict[str, list[Tensor]] = {site: [] for site in sites}
         handles = [_watch(block, site, found[site]) for site in sites]

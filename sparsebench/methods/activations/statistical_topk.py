@@ -20,9 +20,10 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsebench.declare import Taxonomy, method, option
+from sparsebench.errors import UserError
 from sparsebench.methods.activations.base import PromptMethod
 from sparsebench.methods.activations.gating import Acting, Gate, only, top_k
 from sparsebench.methods.activations.sites import GatedBlock
@@ -53,7 +54,8 @@ class StatisticalGate(Gate):
             return x, torch.ones_like(x, dtype=torch.bool)
         theta = threshold(x, self.sparsity, self.unbiased).to(x.dtype)
         keep = x > theta
-        self._compare(x, keep)
+        if self.watched:
+            self._compare(x, keep)
         return only(keep, x - theta if self.soft else x), keep
 
     def _compare(self, x: Tensor, keep: Tensor) -> None:
@@ -89,9 +91,18 @@ class StatisticalTopK(PromptMethod):
 
     soft: bool = option(True, "survivors are shifted by the threshold, as published; false copies them")
     unbiased_std: bool = option(False, "divide by d - 1 instead of d in the standard deviation")
+    blocks: int | None = option(
+        None, "decoder blocks that are sparse: the first so many, all if null (Gemma 3n: 10, at sparsity 0.95)", low=1
+    )
+
+    def check_model(self, model: nn.Module, blocks: Sequence[GatedBlock]) -> None:
+        if self.blocks is not None and self.blocks > len(blocks):
+            raise UserError(f"method.statistical_topk.blocks={self.blocks}: this model has {len(blocks)} blocks")
 
     def gates(self, blocks: Sequence[GatedBlock], tensors: Mapping[str, Tensor]) -> list[Gate]:
-        return [StatisticalGate(block, self.level, self.soft, self.unbiased_std) for block in blocks]
+        return [
+            StatisticalGate(block, self.level, self.soft, self.unbiased_std) for block in blocks[: self.blocks]
+        ]  # fmt: skip
 
     def tolerance(self, blocks: Sequence[GatedBlock]) -> float:
         # the paper's own models stay within 30% of k

@@ -240,29 +240,48 @@ class Perp(WeightMethod):
 
     def _retrain(self, layers: Sequence[Layer], around: Surroundings) -> list[float]:
         """Trains the whole model's adapters on the calibration sequences; the loss of every step."""
-        model, windows = around.loaded.model, around.calibration()
-        length = windows.shape[1] - 1
-        config = TrainConfig(
-            steps=self.n_iterations,
-            batch_tokens=self.batch_size * self.grad_accum * length,
-            lengths=((1.0, length),),
-            weight_decay=0.0,
-            warmup=self.warmup_ratio,
-            decay=1 - self.warmup_ratio,
-            seed=around.seed,
-        )
-        # one source for each forward of a step: the trainer adds up their gradients
-        source = Windows(windows)
-        sources = {f"part{index}": (source, 1 / self.grad_accum) for index in range(self.grad_accum)}
-        watch = Watch(around)
-        devices = [one for one in {p.device for p in model.parameters()} if one.type != "cpu"]
-        adapters = self.adapters(model, "", layers, around.seed)
-        with torch.random.fork_rng(devices), adapting(model, adapters) as adapted:
-            torch.manual_seed(around.seed)  # for models with dropout
-            optimiser = torch.optim.AdamW(adapted.parameters(), lr=self.lr, weight_decay=0.0)
-            Trainer(adapted, sources, config, None, [watch], optimisers=[optimiser]).fit()
-            adapted.merge()
-        return watch.losses
+        model, adapters = around.loaded.model, self.adapters(around.loaded.model, "", layers, around.seed)
+        losses = finetune(
+            adapters, around, around.calibration(), steps=self.n_iterations, lr=self.lr, batch_size=self.batch_size,
+            grad_accum=self.grad_accum, warmup=self.warmup_ratio,
+        )  # fmt: skip
+        Adapted(model, adapters).merge()
+        return losses
+
+
+def finetune(
+    adapters: Mapping[str, Adapter],
+    around: Surroundings,
+    windows: Tensor,
+    *,
+    steps: int,
+    lr: float,
+    batch_size: int,
+    grad_accum: int,
+    warmup: float,
+) -> list[float]:
+    """Trains the adapters of the model on sequences (sequences, tokens) with AdamW, the rate rising over the share
+    ``warmup`` of the steps and falling to 0; the loss of every step. The model itself stays as it is."""
+    model, length = around.loaded.model, windows.shape[1] - 1
+    config = TrainConfig(
+        steps=steps,
+        batch_tokens=batch_size * grad_accum * length,
+        lengths=((1.0, length),),
+        weight_decay=0.0,
+        warmup=warmup,
+        decay=1 - warmup,
+        seed=around.seed,
+    )
+    # one source for each forward of a step: the trainer adds up their gradients
+    source = Windows(windows)
+    sources = {f"part{index}": (source, 1 / grad_accum) for index in range(grad_accum)}
+    watch = Watch(around)
+    devices = [one for one in {p.device for p in model.parameters()} if one.type != "cpu"]
+    with torch.random.fork_rng(devices), adapting(model, adapters) as adapted:
+        torch.manual_seed(around.seed)  # for models with dropout
+        optimiser = torch.optim.AdamW(adapted.parameters(), lr=lr, weight_decay=0.0)
+        Trainer(adapted, sources, config, None, [watch], optimisers=[optimiser]).fit()
+    return watch.losses
 
 
 @dataclass
