@@ -44,6 +44,7 @@ sparsebench {version}: how much quality is lost, how much cost is saved, when a 
   python -m sparsebench list [methods|models|tasks|corpora|sweeps]
   python -m sparsebench show <name>                 every option of a method, task, model, corpus, or `run`
   python -m sparsebench bench <name> [key=value ..] measures speed side by side (`bench` alone lists what)
+  python -m sparsebench export <folder> to=<new>    a pruned model compressed, or a compressed one plain again
   python -m sparsebench doctor                      versions, devices, what is available and why not
 
   -m            several values per key make a grid
@@ -170,10 +171,12 @@ def _run(arguments: Arguments) -> int:
                     reporter.say(
                         "".join(row["error"] for row in store.details("errors", record["run_id"], record["attempt"]))
                     )
+    sizes = "".join(f"saved in {place[0]}\n{one.text()}" for place, one in experiment.saved.items() if one)
     records = list({record["run_id"]: record for record in records}.values())  # a grid can name one run twice
     _print(view.table(records, format=options.format))
     if options.format == "table" and len(records) == 1:
         print(summary(records[0], store.folder))
+    print(sizes, end="", file=sys.stdout if options.format == "table" else sys.stderr)
     if mirrored is not None and mirrored.told():
         print(mirrored.told(), file=sys.stderr)
     return DONE if all(record["status"] == "ok" for record in records) else FAILED
@@ -187,7 +190,8 @@ def _check_shared(runs: Sequence[Run]) -> None:
             raise UserError(f"{key}={','.join(values)}: one value for all runs of a grid")
     saved: dict[str, str] = {}
     for run in runs:
-        if run.options.save and saved.setdefault(run.options.save, _sparse_model(run)) != _sparse_model(run):
+        what = f"{_sparse_model(run)} {run.options.save_as}"
+        if run.options.save and saved.setdefault(run.options.save, what) != what:
             raise UserError(
                 f"save={run.options.save}: one folder cannot hold the models of several runs; save one at a time"
             )
@@ -338,6 +342,13 @@ def _bench(arguments: Arguments) -> int:
     return DONE
 
 
+def _export(arguments: Arguments) -> int:
+    from sparsebench.models import export_command
+
+    _print(export_command.run(arguments.names, _settings(arguments)))
+    return DONE
+
+
 def _only_format(arguments: Arguments) -> str:
     words = _settings(arguments)
     format = words.pop("format", "table")
@@ -378,5 +389,6 @@ VERBS: dict[str, Callable[[Arguments], int]] = {
     "list": _list,
     "show": _show,
     "bench": _bench,
+    "export": _export,
     "doctor": _doctor,
 }

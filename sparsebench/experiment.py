@@ -12,24 +12,26 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sparsebench import columns
 from sparsebench.config import Workspace
 from sparsebench.errors import UserError
-from sparsebench.making import Fitting, Progress, SparseModel, fit
-from sparsebench.models.saving import check_folder, save_model
+from sparsebench.making import Basis, Fitting, Progress, SparseModel, fit, place_of
+from sparsebench.models.saving import check_folder, save_compressed, save_model
 from sparsebench.results.store import Attempt, Store
 from sparsebench.run import Run
 
 if TYPE_CHECKING:  # imports torch
     from sparsebench.models.base import LoadedModel
+    from sparsebench.models.compressed import Sizes
+    from sparsebench.models.streaming import StreamedModel
 
 
 @dataclass
 class Experiment:
-    """Runs runs. The last sparse model is kept, so that the tasks of one model share it, as are its weights for
-    the next methods that do not change them, and the data that was made ready for it.
+    """Runs runs. The last sparse model is kept, so that the tasks of one model share it, as are the dense weights for
+    the next methods, and the data that was made ready for them.
 
     ``extra``: more columns of every record, such as the worker's job."""
 
@@ -40,7 +42,8 @@ class Experiment:
     kept: Fitting | None = None
     drawn: dict[str, Any] = field(default_factory=dict)  # calibration windows, by model, corpus and seed
     prepared: dict[tuple[str, str], Any] = field(default_factory=dict)  # of the last model, by task
-    saved: set[tuple[str, str]] = field(default_factory=set)  # (folder, sparse model id), written by this object
+    # (folder, sparse model id) -> what was written by this object; None: a plain model
+    saved: dict[tuple[str, str], Sizes | None] = field(default_factory=dict)
     clock: Callable[[], float] = time.perf_counter
 
     def run(self, run: Run) -> dict[str, Any]:
@@ -90,27 +93,28 @@ class Experiment:
                 fields |= latency.columns(sparse, run.options.kernel, int(fields.get("cost_length") or 512))
             problem = columns.problem(sparse, outcome, counted)
             if run.options.save:
-                self._save(run, sparse)
+                fields |= columns.saved(self._save(run, sparse))
         except KeyboardInterrupt:
+            fitting.loaded.discard()
             attempt.finish("lost", fields | {"error": "interrupted"}, **rows)
             raise
         except Exception as error:  # whatever goes wrong in a run is its record's business
             self.kept = None
+            fitting.loaded.discard()
             fields |= {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
             return attempt.finish("failed", fields, **rows, error=traceback.format_exc())
         return attempt.finish("failed" if problem else "ok", fields | {"error": problem}, **rows, error=problem)
 
     def _fitting(self, run: Run, model_id: str) -> Fitting:
         """The run's model with its methods and data: the kept one, or loaded and checked now."""
-        if self.kept is None or self.kept.id != model_id:
-            same = self.kept is not None and self.kept.model == str(run.model) and self.kept.untouched
-            loaded = self.kept.loaded if same and self.kept else None
+        if self.kept is None or self.kept.id != model_id or self.kept.place != place_of(run):
+            basis = self.kept.again(place_of(run)) if self.kept and not run.options.streamed else None
             self.kept = None  # its memory is needed
             if run.options.threads:
                 import torch
 
                 torch.set_num_threads(run.options.threads)
-            self.kept = fit(self.workspace, run, model_id, loaded or self._loader(run).load(), self.drawn)
+            self.kept = fit(self.workspace, run, model_id, basis or Basis(self._load(run)), self.drawn)
         return self.kept
 
     def _prepared(self, run: Run, task: Any, loaded: LoadedModel) -> Any:
@@ -134,17 +138,17 @@ class Experiment:
             content = self._loader(run).content()
             self._check_save(run, run.sparse_model_id(content))
             if run.options.force or not self._answer(run.run_id(content)):
-                pending.setdefault(str(run.model), []).append(run)
+                pending.setdefault(str(place_of(run)), []).append(run)
         for group in pending.values():
             try:
-                loaded = self._loader(group[0]).load()
+                loaded = self._load(group[0])
             except UserError as error:
                 yield error
                 continue
             fitted: dict[str, Fitting] = {}
             for key, run in {_made_of(run): run for run in group}.items():
                 try:
-                    fitted[key] = fit(self.workspace, run, "", loaded, self.drawn)
+                    fitted[key] = fit(self.workspace, run, "", Basis(loaded), self.drawn)
                 except UserError as error:
                     yield error
             for run in {str(run.task): run for run in group}.values():
@@ -163,8 +167,25 @@ class Experiment:
     def _loader(self, run: Run) -> Any:
         return self.workspace.catalogue.load("model", run.model.name)(**run.model.options)
 
+    def _load(self, run: Run) -> LoadedModel:
+        loader = self._loader(run)
+        if not run.options.streamed:
+            return cast("LoadedModel", loader.load())
+        if not hasattr(loader, "source"):
+            raise UserError(f"streamed=true: model={run.model.label} can only be loaded whole")
+        from sparsebench.models.loading import stream_folder
+
+        folder, how = loader.source()
+        return stream_folder(folder, how, Path(str(run.options.save)), run.options.activations == "disk")
+
     def _task(self, run: Run) -> Any:
-        return self.workspace.catalogue.load("task", run.task.name)(**run.task.options)
+        task = self.workspace.catalogue.load("task", run.task.name)(**run.task.options)
+        if run.options.streamed and not getattr(task, "streams", False):
+            raise UserError(
+                f"streamed=true: task={run.task.label}, as asked, needs the whole model in memory; prune with "
+                f"task=perplexity, then run the task with model=hf model.path={run.options.save} method=given"
+            )
+        return task
 
     def _corpora(self, name: str) -> Any:
         return self.workspace.catalogue.load("corpus", name)
@@ -177,14 +198,22 @@ class Experiment:
         if run.options.save and (run.options.save, model_id) not in self.saved:
             check_folder(Path(run.options.save))
 
-    def _save(self, run: Run, sparse: SparseModel) -> None:
-        """Writes the sparse model, once for all of its tasks."""
+    def _save(self, run: Run, sparse: SparseModel) -> Sizes | None:
+        """Writes the sparse model, once for all of its tasks; its sizes if it is compressed."""
         place = (str(run.options.save), sparse.id)
         if place not in self.saved:
+            folder = Path(place[0])
             notes = {"sparse_model_id": sparse.id, "achieved": sparse.achieved.scope, "run": run.to_dict()}
             fitted = {one.method: one.fitted() for one in sparse.applied.attachments}
-            save_model(sparse.loaded, Path(place[0]), notes, fitted)
-            self.saved.add(place)
+            if run.options.streamed:
+                cast("StreamedModel", sparse.loaded).keep(notes)
+                self.saved[place] = None
+            elif run.options.save_as == "compressed":
+                self.saved[place] = save_compressed(sparse.loaded, folder, notes, fitted)
+            else:
+                save_model(sparse.loaded, folder, notes, fitted)
+                self.saved[place] = None
+        return self.saved[place]
 
 
 def _made_of(run: Run) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sparsebench.config import Workspace
+from sparsebench.errors import UserError
 from sparsebench.run import Run
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from sparsebench.audits import Achieved, Audit
     from sparsebench.methods.base import Applied, Attachment, Counted
     from sparsebench.models.base import LoadedModel
+    from sparsebench.models.restoring import Original
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 Named = tuple[str, Any]  # a method with its label
@@ -49,23 +51,44 @@ class SparseModel:
 
 
 @dataclass
+class Basis:
+    """A loaded model with its weights as they were loaded, and what runs on it have in common.
+
+    ``original``: a copy of those weights, made before the first run changes them, if they are few; ``shared``: what
+    methods want to find again (``Surroundings.shared``)."""
+
+    loaded: LoadedModel
+    original: Original | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class Fitting:
     """A loaded model with the methods and the calibration windows that fit it: nothing a user can get
     wrong is left. ``made`` holds the sparse model once it was made; the model is changed in place.
-    ``model``: which model it is, so that one whose weights nobody changed serves the next sparse model too."""
+    ``place``: which model it is, and where it is streamed to."""
 
     id: str
-    model: str
-    loaded: LoadedModel
+    place: tuple[str, str | None]
+    basis: Basis
     families: list[tuple[Any, list[Named]]]
     windows: Tensor | None
     seed: int
     made: SparseModel | None = field(default=None)
 
     @property
-    def untouched(self) -> bool:
-        """Whether the model's weights are as they were loaded."""
-        return self.made is None or not (self.made.applied.acts_on or self.made.applied.layers)
+    def loaded(self) -> LoadedModel:
+        return self.basis.loaded
+
+    def again(self, place: tuple[str, str | None]) -> Basis | None:
+        """The model for the next sparse model, if it is the same one and its weights are those that were loaded: they
+        were never changed, or could be put back."""
+        if self.place != place:
+            return None
+        if self.made is None or not (self.made.applied.acts_on or self.made.applied.layers):
+            return self.basis
+        original = self.basis.original
+        return self.basis if original is not None and original.restore(self.loaded.model) else None
 
     def check_prompts(self, task: Any, prepared: Any) -> None:
         """UserError when a method's options do not fit the task's prompts, where the task knows their lengths
@@ -79,24 +102,33 @@ class Fitting:
     def make(self, progress: Progress) -> SparseModel:
         """The sparse model, made on the first call."""
         if self.made is None:
-            self.made = self._make(progress)
+            try:
+                self.made = self._make(progress)
+            except BaseException:
+                self.loaded.discard()
+                raise
         return self.made
 
     def _make(self, progress: Progress) -> SparseModel:
         from sparsebench import audits
         from sparsebench.costs.timing import stopwatch
         from sparsebench.methods.base import Applied, Surroundings
+        from sparsebench.models.restoring import Original
 
-        model = self.loaded.model
-        before = audits.fingerprint(model)
+        model, read = self.loaded.model, self.loaded.values
+        before = audits.fingerprint(model, read)
+        if self.place[1] is None and self.basis.original is None:
+            self.basis.original = Original.of(model)
         around = Surroundings(self.loaded, self._calibration, self.seed, partial(progress, "sparsify"))
         applied = Applied()
         with stopwatch() as watch:
-            for family, stack in self.families:
-                applied.add(family.apply(stack, around))
-        achieved = audits.count(model, applied)
-        unchanged = not achieved.asked and not applied.notes.get("recovery_steps")
-        checks = audits.audit(model, applied, achieved, before, unchanged)
+            for index, (family, stack) in enumerate(self.families):
+                # only the first family finds the weights as they were loaded
+                fresh = index == 0 and self.basis.original is not None
+                applied.add(family.apply(stack, replace(around, shared=self.basis.shared if fresh else None)))
+        achieved = audits.count(model, applied, read)
+        unchanged = not achieved.asked and not any(map(applied.notes.get, ("recovery_steps", "groups_quantised")))
+        checks = audits.audit(model, applied, achieved, before, unchanged, read)
         warnings = list(audits.findings(model, applied, achieved))
         return SparseModel(self.id, self.loaded, applied, achieved, checks, warnings, watch.seconds)
 
@@ -106,7 +138,7 @@ class Fitting:
         return self.windows
 
 
-def fit(workspace: Workspace, run: Run, model_id: str, loaded: LoadedModel, drawn: dict[str, Tensor]) -> Fitting:
+def fit(workspace: Workspace, run: Run, model_id: str, basis: Basis, drawn: dict[str, Tensor]) -> Fitting:
     """Builds the methods and draws the calibration windows (``drawn`` keeps them for other runs).
     UserError when they do not fit the model."""
     methods = [(p.label, workspace.catalogue.load("method", p.name)(**p.options)) for p in run.methods]
@@ -115,12 +147,20 @@ def fit(workspace: Workspace, run: Run, model_id: str, loaded: LoadedModel, draw
         key = str((run.model, run.calibration, run.options.seed))
         if key not in drawn:
             corpus = workspace.catalogue.load("corpus", run.calibration.name)(**run.calibration.options)
-            drawn[key] = corpus.windows(loaded.tokenizer, loaded.context, run.options.seed)
+            drawn[key] = corpus.windows(basis.loaded.tokenizer, basis.loaded.context, run.options.seed)
         windows = drawn[key]
     families = _families(workspace, run, methods)
+    for label, method in methods if run.options.streamed else []:
+        if not getattr(method, "blockwise", False):
+            raise UserError(f"streamed=true: method={label}, as asked, needs more than one block in memory at a time")
     for family, stack in families:
-        family.check(stack, loaded.model)
-    return Fitting(model_id, str(run.model), loaded, families, windows, run.options.seed)
+        family.check(stack, basis.loaded.model)
+    return Fitting(model_id, place_of(run), basis, families, windows, run.options.seed)
+
+
+def place_of(run: Run) -> tuple[str, str | None]:
+    """Which model a run begins with, and where that is streamed to."""
+    return str(run.model), run.options.save if run.options.streamed else None
 
 
 def _families(workspace: Workspace, run: Run, methods: list[Named]) -> list[tuple[Any, list[Named]]]:

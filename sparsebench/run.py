@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsebench.declare import Declared, option
+from sparsebench.errors import UserError
 
 DEFAULT_STORE = "sparsebench-store"
 
@@ -40,10 +41,35 @@ class RunOptions(Declared):
     kernel: str = option(
         "none", "measure milliseconds on sparse kernels; none: none are measured", choices=("none", "auto", "reference")
     )
-    save: str | None = option(None, "folder to write the sparse model to, as a plain Hugging Face model")
+    save: str | None = option(None, "folder to write the sparse model to, as a Hugging Face model")
+    save_as: str = option(
+        "plain",
+        "how it is saved; compressed: as small as it is sparse, `export` turns it back",
+        choices=("plain", "compressed"),
+    )
+    streamed: bool = option(
+        False,
+        "keep one decoder block of the model in memory and write the pruned ones to save=<folder> as they are made",
+    )
+    activations: str = option(
+        "memory", "streamed: where hidden states of calibration and text are kept", choices=("memory", "disk")
+    )
     format: str = option("table", "how results are printed", choices=("table", "csv", "json", "parquet"))
     batch_size: int = option(16, "rows per forward in evaluation; never changes an id", low=1, high=4096)
     threads: int | None = option(None, "CPU threads; all cores where not given", low=1, high=1024)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.save_as != "plain" and not self.save:
+            raise UserError(f"save_as={self.save_as}: needs a folder: save=<folder>")
+        if self.activations != "memory" and not self.streamed:
+            raise UserError(f"activations={self.activations}: goes with streamed=true")
+        if self.streamed and not self.save:
+            raise UserError("streamed=true: needs a folder for the pruned model: save=<folder>")
+        if self.streamed and self.save_as != "plain":
+            raise UserError(f"save_as={self.save_as}: streamed=true writes it plain; `export` compresses it afterwards")
+        if self.streamed and self.kernel != "none":
+            raise UserError(f"kernel={self.kernel}: needs the whole model in memory, so not streamed=true")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from sparsebench.config import parse_values
 from sparsebench.declare import options_of
 from sparsebench.errors import UserError, closest
 
-_NOT_BENCHMARKS = ("base", "command", "naive", "peaks")
+_NOT_BENCHMARKS = ("base", "command", "naive", "peaks", "synthetic")
 
 
 def names() -> list[str]:

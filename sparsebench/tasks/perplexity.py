@@ -9,17 +9,19 @@ cache. Standard errors are over windows (of the perplexity: by the delta method)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import exp, inf, log
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsebench.declare import Declared, option, task
 from sparsebench.errors import UserError
 from sparsebench.models.base import LoadedModel
 from sparsebench.tasks.base import Evaluation, Outcome, Score
-from sparsebench.tasks.scoring import score_tokens
+from sparsebench.tasks.scoring import score_logits, score_tokens
 
 _MAX_LOSS = 700.0  # exp beyond this overflows a double
 
@@ -90,11 +92,25 @@ class Perplexity(Declared):
         """Lengths of the prompts, in tokens."""
         return [prepared["prefill"] or prepared["windows"].shape[1] - 1]
 
+    @property
+    def streams(self) -> bool:
+        """Whether a model can be evaluated whose blocks are in memory one at a time."""
+        return self.protocol == "windows"
+
+    def _scored(self, model: LoadedModel, prepared: dict[str, Any], rows: int) -> Iterator[Tensor]:
+        """The losses of the tokens of each window: (rows, scored)."""
+        windows = prepared["windows"]
+        if self.streams:
+            for logits, chunk in zip(model.logits(windows[:, :-1], rows), windows.split(rows), strict=True):
+                yield score_logits(logits, chunk[:, 1:].to(logits.device))[0]
+        else:
+            for chunk in windows.split(rows):
+                yield score_tokens(model, chunk, prefill=prepared["prefill"], step=self.step)[0]
+
     def evaluate(self, model: LoadedModel, how: Evaluation, prepared: dict[str, Any]) -> Outcome:
         losses: list[float] = []
         rows = max(1, how.batch_size * 512 // prepared["windows"].shape[1])
-        for chunk in prepared["windows"].split(rows):
-            nll, _ = score_tokens(model, chunk, prefill=prepared["prefill"], step=self.step)
+        for nll in self._scored(model, prepared, rows):
             losses += nll.double().mean(dim=1).tolist()
             how.progress(len(losses), len(prepared["windows"]))
         nll_score = Score.mean(losses)

@@ -20,7 +20,7 @@ def score_tokens(loaded: LoadedModel, ids: Tensor, *, prefill: int = 0, step: in
     ids = ids.to(loaded.device)
     if prefill == 0:
         logits = loaded.model(input_ids=ids[:, :-1], use_cache=False).logits
-        return _score(logits, ids[:, 1:])
+        return score_logits(logits, ids[:, 1:])
     output = loaded.model(input_ids=ids[:, :prefill], use_cache=True)
     cache, last = output.past_key_values, output.logits[:, -1:]
     size = step or ids.shape[1]
@@ -31,9 +31,10 @@ def score_tokens(loaded: LoadedModel, ids: Tensor, *, prefill: int = 0, step: in
         )
         cache = output.past_key_values
         pieces.append(output.logits)
-    return _score(torch.cat(pieces, dim=1), ids[:, prefill:])
+    return score_logits(torch.cat(pieces, dim=1), ids[:, prefill:])
 
 
-def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def score_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``score_tokens``, from logits (rows, scored, vocabulary) of the tokens (rows, scored) that they predict."""
     nll = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     return nll.cpu(), (logits.argmax(-1) == targets).cpu()

@@ -85,6 +85,8 @@ class WeightMethod(Declared):
     exclude: tuple[str, ...] = option((), "not the layers whose name fits one of these patterns")
 
     stage: ClassVar[str] = "select"
+    also_recovers: ClassVar[bool] = False  # whether a method of stage select repairs what it pruned, too
+    stores_zeros: ClassVar[bool] = False  # whether zeros among the kept are stored (as codes), so do not count
 
     def statistic(self) -> Callable[[], Statistic] | None:
         """What to gather of each layer's inputs, or None where no data is needed."""
@@ -96,6 +98,12 @@ class WeightMethod(Declared):
         layers of the block pruned too) or ``none`` (the dense model everywhere)."""
         return "block"
 
+    @property
+    def blockwise(self) -> bool:
+        """Whether the method ever needs but one block at a time; others cannot prune a model that is streamed."""
+        repairs = self.stage == "recover" or self.also_recovers
+        return not repairs and type(self).select_all is WeightMethod.select_all
+
     def in_scope(self, name: str) -> bool:
         included = not self.include or any(fnmatch(name, pattern) for pattern in self.include)
         return included and not any(fnmatch(name, pattern) for pattern in self.exclude)
@@ -105,6 +113,9 @@ class WeightMethod(Declared):
 
     def check_model(self, model: nn.Module, layers: Sequence[Layer]) -> None:
         """UserError when an option does not fit the model around the layers; runs after ``check``."""
+
+    def check_beside(self, others: Sequence[str]) -> None:
+        """UserError when the method does not go with these others of its stack."""
 
     def prepare(self, layers: Sequence[Layer]) -> None:
         """Sees all layers before the first is pruned (global rankings, allocations)."""
@@ -275,6 +286,10 @@ class ScorePruner(Pruner):
     @property
     def order(self) -> str:
         return "none" if self.group == "global" else "block"
+
+    @property
+    def blockwise(self) -> bool:
+        return self.group != "global"
 
     def check(self, layers: Sequence[Layer]) -> None:
         super().check(layers)

@@ -57,6 +57,10 @@ class EssentialSparsity(Pruner):
         return "none"
 
     @property
+    def blockwise(self) -> bool:
+        return bool(self.n_of_m) or self.variant in ("layer", "erk_random")
+
+    @property
     def rule(self) -> str:
         return "erk" if self.variant == "erk_random" and self.allocation == "uniform" else self.allocation
 

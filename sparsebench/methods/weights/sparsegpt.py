@@ -26,7 +26,7 @@ from sparsebench.declare import Taxonomy, method, option
 from sparsebench.errors import UserError
 from sparsebench.methods.weights.base import Layer, Pruner
 from sparsebench.methods.weights.hessian import Hessian
-from sparsebench.methods.weights.masks import keep_n_of_m
+from sparsebench.methods.weights.masks import keep_largest, value_at
 from sparsebench.methods.weights.statistics import Statistic
 
 _STRIP = 16  # columns updated one by one before the rest of the block is updated in one product
@@ -57,13 +57,18 @@ class SparseGPT(Pruner):
     percdamp: float = option(0.01, "damping of the Hessian, as a share of its mean diagonal", above=0.0, high=1.0)
     wbits: int = option(16, "bits of the kept weights (16: not quantised)", choices=(2, 3, 4, 5, 6, 7, 8, 16))
     true_sequential: bool = option(False, "measure every layer with the earlier layers of its block pruned")
+    sequential: str = option(
+        "block",
+        "what calibration sees pruned: earlier blocks, or nothing (one Hessian then serves every level)",
+        choices=("block", "none"),
+    )
 
     def statistic(self) -> Callable[[], Statistic] | None:
         return Hessian
 
     @property
     def order(self) -> str:
-        return "layer" if self.true_sequential else "block"
+        return "layer" if self.true_sequential else self.sequential
 
     def check(self, layers: Sequence[Layer]) -> None:
         super().check(layers)
@@ -72,6 +77,8 @@ class SparseGPT(Pruner):
                 f"method.sparsegpt.blocksize={self.blocksize}: must be a multiple of {self.n_of_m[1]} "
                 f"for pattern={self.pattern}"
             )
+        if self.true_sequential and self.sequential == "none":
+            raise UserError("method.sparsegpt.sequential=none: contradicts true_sequential=true; give one")
         if self.wbits < 16 and self.level == 0:
             raise UserError(f"method.sparsegpt.wbits={self.wbits}: quantises what is kept; it needs sparsity above 0")
 
@@ -142,43 +149,46 @@ class Grid:
 def sweep(
     weight: Tensor, factor: Tensor, sparsity: float, n_of_m: tuple[int, int] | None, blocksize: int, grid: Grid | None
 ) -> Tensor:
-    """The pruned and updated weight: (out, in) float32, in place of ``weight``; factor U: (in, in) upper."""
-    columns = weight.shape[1]
+    """The pruned and updated weight: (out, in) float32; factor U: (in, in) upper. Works on the transpose, in which a
+    column of the weight lies together."""
+    turned = weight.t().contiguous()
+    columns = len(turned)
     for start in range(0, columns, blocksize):
         end = min(start + blocksize, columns)
-        block, upper = weight[:, start:end].clone(), factor[start:end, start:end]
+        block, upper = turned[start:end], factor[start:end, start:end]
         pruned = torch.zeros_like(block, dtype=torch.bool)
         if n_of_m is None and sparsity > 0:
-            score = block**2 / upper.diag() ** 2
-            threshold = torch.sort(score.flatten()).values[int(score.numel() * sparsity)]
-            pruned = score <= threshold
+            score = block**2 / upper.diag()[:, None] ** 2
+            pruned = score <= value_at(score.reshape(1, -1), int(score.numel() * sparsity))
         errors = _sweep_block(block, upper, pruned, n_of_m, grid)
-        weight[:, start:end] = block
-        weight[:, end:] -= errors @ factor[start:end, end:]
-    return weight
+        turned[end:] -= factor[start:end, end:].t() @ errors
+    return turned.t().contiguous()
 
 
 def _sweep_block(
     block: Tensor, upper: Tensor, pruned: Tensor, n_of_m: tuple[int, int] | None, grid: Grid | None
 ) -> Tensor:
-    """One block of columns, in place: block (out, b), upper (b, b) -> the scaled errors (out, b)."""
+    """One block of columns, in place: block (b, out), upper (b, b) -> the scaled errors (b, out)."""
     errors = torch.zeros_like(block)
-    width = block.shape[1]
-    diagonal = upper.diag()
+    width = len(block)
+    diagonal, kept = upper.diag(), ~pruned
     strip = _STRIP if n_of_m is None else n_of_m[1] * max(1, _STRIP // n_of_m[1])
     for first in range(0, width, strip):
         last = min(first + strip, width)
         for j in range(first, last):
             if n_of_m and j % n_of_m[1] == 0 and j + n_of_m[1] <= width:
                 group = slice(j, j + n_of_m[1])
-                pruned[:, group] = ~keep_n_of_m(block[:, group] ** 2 / diagonal[group] ** 2, *n_of_m)
-            column = block[:, j : j + 1]
-            kept = column.masked_fill(pruned[:, j : j + 1], 0.0)
-            if grid is not None:
-                kept = grid.round(kept)
-            error = (column - kept) / diagonal[j]
-            block[:, j + 1 : last] -= error @ upper[j : j + 1, j + 1 : last]
-            block[:, j : j + 1] = kept
-            errors[:, j : j + 1] = error
-        block[:, last:] -= errors[:, first:last] @ upper[first:last, last:]
+                scores = block[group] ** 2 / diagonal[group, None] ** 2
+                torch.stack(list(keep_largest(scores.unbind(0), n_of_m[0])), out=kept[group])
+            if grid is None:  # what is kept has no error; what is not becomes zero below, all at once
+                error = block[j].masked_fill(kept[j], 0.0)
+            else:
+                rounded = grid.round(block[j].masked_fill(~kept[j], 0.0)[:, None])[:, 0]
+                error = block[j] - rounded
+                block[j] = rounded
+            torch.div(error, diagonal[j], out=errors[j])
+            block[j + 1 : last] -= torch.outer(upper[j, j + 1 : last], errors[j])
+        block[last:] -= upper[first:last, last:].t() @ errors[first:last]
+    if grid is None:
+        block.masked_fill_(~kept, 0.0)
     return errors

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from sparsebench.models.blocks import Enough
+
 
 class Statistic(Protocol):
-    """What a method wants to know of a layer's inputs."""
+    """What a method wants to know of a layer's inputs. Methods read it and never change it: layers with the same
+    inputs share one, and so do runs on the same model and data."""
 
     def add(self, inputs: Tensor, sequences: int) -> None:
         """inputs: (..., in), the layer's input of one call; sequences: how many the block was called with
@@ -90,11 +94,11 @@ class InputMoments:
         return self._totals[2] / max(1, self.tokens)
 
 
+@dataclass(frozen=True)
 class Several:
     """The statistics of all methods of a stack, fed together; ``parts`` by the name of the method."""
 
-    def __init__(self, makers: Mapping[str, Callable[[], Statistic]]) -> None:
-        self.parts = {name: make() for name, make in makers.items()}
+    parts: Mapping[str, Statistic]
 
     def add(self, inputs: Tensor, sequences: int) -> None:
         for part in self.parts.values():
@@ -102,20 +106,26 @@ class Several:
 
 
 @contextmanager
-def gathering(block: nn.Module, layers: Mapping[str, nn.Linear], make: Callable[[], Statistic]) -> Any:
+def gathering(
+    block: nn.Module, layers: Mapping[str, nn.Linear], make: Callable[[], Statistic], *, outputs: bool = True
+) -> Any:
     """Attaches a statistic to each of the block's layers, yields {name: statistic}; hooks are always removed.
 
     Layers that receive the same tensor object in a call (q, k and v; gate and up) share one
     statistic: the first of them adds, the others look at it. Results do not change.
+    Without ``outputs`` a call of the block ends (``Enough``) once all layers were fed: what is behind the last
+    one's inputs is not computed. The first call is whole, to see that each layer is called once.
     """
     found: dict[str, Statistic] = {}
     leader: dict[str, str] = {}
     last: list[tuple[Tensor, str]] = []
-    sequences = 0
+    sequences, fed, short = 0, list[str](), False
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        nonlocal sequences
+        nonlocal sequences, short
         sequences = args[0].shape[0]
+        short = not outputs and sorted(fed) == sorted(layers)
+        fed.clear()
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def look(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -127,6 +137,9 @@ def gathering(block: nn.Module, layers: Mapping[str, nn.Linear], make: Callable[
             if leader[name] == name:
                 last[:] = [(inputs, name)]
                 found[name].add(inputs, sequences)
+            fed.append(name)
+            if short and len(fed) == len(layers):
+                raise Enough
 
         return look
 

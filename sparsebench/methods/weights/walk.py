@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from sparsebench.errors import UserError
 from sparsebench.methods.base import Applied, LayerReport, Surroundings
 from sparsebench.methods.weights.base import BlockRun, Layer, WeightMethod
+from sparsebench.methods.weights.sharing import Shared
 from sparsebench.methods.weights.statistics import Several, Statistic, gathering
-from sparsebench.models.blocks import BlockInputs, capture, decoder_blocks
+from sparsebench.models.blocks import BlockInputs, Blocks, decoder_blocks
 
 Named = tuple[str, WeightMethod]
 
@@ -34,7 +35,13 @@ class Stack:
         return next((name, method) for name, method in self.methods if method.stage == "select")
 
     def of_stage(self, stage: str) -> list[Named]:
-        return [(name, method) for name, method in self.methods if method.stage == stage]
+        also = stage == "recover"
+        return [(name, one) for name, one in self.methods if one.stage == stage or (also and one.also_recovers)]
+
+    @property
+    def order(self) -> str:
+        """What the statistics of the whole stack see."""
+        return self.selector[1].order
 
     @property
     def statistics(self) -> dict[str, Callable[[], Statistic]]:
@@ -66,46 +73,128 @@ def scoped_layers(model: nn.Module, method: WeightMethod, seed: int) -> list[lis
 
 def check(methods: Sequence[Named], model: nn.Module) -> None:
     """UserError when a method's options do not fit the model. Changes nothing."""
-    for _, method in methods:
+    for name, method in methods:
         layers = [layer for block in scoped_layers(model, method, 0) for layer in block]
         method.check(layers)
         method.check_model(model, layers)
+        method.check_beside([other for other, _ in methods if other != name])
+
+
+@dataclass
+class _Data:
+    """The calibration data on its way through the blocks, and the statistics taken of it."""
+
+    stack: Stack
+    blocks: Blocks
+    layers: list[list[Layer]]
+    around: Surroundings
+    shared: Shared
+    inputs: BlockInputs | None = None
+    known: bool = False  # order none: the statistics of all layers are known, nothing has to run
+
+    def start(self) -> None:
+        """Brings the data in front of the first block, where it is needed."""
+        if not self.stack.needs_data:
+            return
+        windows = self.around.calibration()
+        self.shared.about(windows)
+        names = [layer.name for block in self.layers for layer in block]
+        wanted, order = self.stack.statistics, self.stack.order
+        self.known = order == "none" and bool(wanted) and self.shared.known(wanted, names) is not None
+        if not self.known or self.stack.of_stage("recover"):
+            self.inputs = self.shared.inputs(self.blocks, windows)
+
+    def measure_all(self) -> None:
+        """All statistics on the dense model; the data is in front of the first block again where a later stage
+        needs it."""
+        again = bool(self.stack.of_stage("recover"))
+        for index in range(len(self.blocks)):
+            self._gather(index, self.blocks.bring(index), self.layers[index], advance=not self.known)
+        self.inputs = None
+        if self.stack.needs_data and again:
+            self.inputs = self.shared.inputs(self.blocks, self.around.calibration())
+
+    def measure(self, index: int, block: nn.Module, layers: list[Layer]) -> None:
+        """What the layers' inputs are, before they are pruned; under order ``none`` the data passes the dense block."""
+        self._gather(index, block, layers, advance=self.stack.order == "none" and not self.known)
+
+    def pass_on(self, index: int, block: nn.Module) -> None:
+        """The pruned block's outputs become the next one's inputs."""
+        if self.inputs is not None and self.stack.order != "none" and index + 1 < len(self.blocks):
+            self.inputs.advance(index, block)
+
+    def _gather(self, index: int, block: nn.Module, layers: list[Layer], advance: bool) -> None:
+        """Fills the layers' statistics; with ``advance`` the block's outputs take the place of its inputs."""
+        wanted, order = self.stack.statistics, self.stack.order
+        dense = order == "none" or (order == "block" and index == 0)
+        found = self.shared.known(wanted, [layer.name for layer in layers]) if dense and wanted else None
+        if self.inputs is not None and (found is None or advance):
+            make = lambda: Several({name: one() for name, one in wanted.items()})  # noqa: E731
+            modules = {layer.name: layer.module for layer in layers} if wanted and found is None else {}
+            with gathering(block, modules, make, outputs=advance) as fresh:
+                if advance:
+                    self.inputs.advance(index, block)
+                elif modules:
+                    self.inputs.look(index, block)
+            if modules:
+                found = _complete(fresh, layers)
+                if dense:
+                    self.shared.remember(wanted, found)
+        for layer in layers if found else []:
+            layer.gathered = found[layer.name]  # type: ignore[index]
+            layer.statistic = layer.gathered.parts.get(self.stack.selector[0])
+
+
+def _complete(found: dict[str, Several], layers: Sequence[Layer]) -> dict[str, Several]:
+    """UserError when the data missed a layer."""
+    for layer in layers:
+        if layer.name not in found:
+            raise UserError(f"{layer.name}: calibration data never reached this layer; exclude it or use more data")
+    return found
 
 
 @torch.no_grad()
 def apply(methods: Sequence[Named], around: Surroundings) -> Applied:
     """Applies a stack of weight methods, in place, in one walk over the blocks."""
     stack = Stack(list(methods))
-    selector = stack.selector[1]
-    model = around.loaded.model
-    blocks = decoder_blocks(model)[1]
+    selector, recovering = stack.selector[1], stack.of_stage("recover")
+    model, blocks = around.loaded.model, around.loaded.blocks()
     layers = scoped_layers(model, selector, around.seed)
     everything = [layer for block in layers for layer in block]
-    inputs = capture(model, blocks, around.calibration()) if stack.needs_data else None
+    shared = Shared(room=0) if around.shared is None else around.shared.setdefault("weights", Shared())
+    data = _Data(stack, blocks, layers, around, shared)
+    data.start()
     selector.prepare(everything)
     ahead: dict[str, Tensor] = {}
-    if selector.order == "none":
-        inputs = _measure_dense(stack, blocks, layers, inputs, around)
+    looks_ahead = stack.order == "none" and bool(recovering or not selector.blockwise)
+    if looks_ahead:
+        data.measure_all()
         ahead = selector.select_all(everything)
-    applied = Applied()
+    applied = Applied(notes={"statistics": "dense"} if stack.order == "none" and stack.statistics else {})
     for _, method in stack.methods:
         applied.acts_on |= method.touches(model, everything)
-    for index, block in enumerate(blocks):
-        run = BlockRun(block, index, inputs)
-        seen = {name: method.observe(run) for name, method in stack.of_stage("recover")}
+    for index in range(len(blocks)):
+        block = blocks.bring(index)
+        run = BlockRun(block, index, data.inputs)
+        seen = {name: method.observe(run) for name, method in recovering}
         for chosen in _groups(selector, layers[index]):
-            if inputs is not None and selector.order != "none":
-                _measure(stack, index, block, chosen, inputs)
+            if not looks_ahead:
+                data.measure(index, block, chosen)
             applied.layers += [_prune(stack, layer, ahead.get(layer.name)) for layer in chosen]
-        for name, method in stack.of_stage("recover"):
+        for name, method in recovering:
             for column, value in (method.recover(block, layers[index], seen[name], run) or {}).items():
                 applied.notes[column] = applied.notes.get(column, 0) + value
-        if inputs is not None and index + 1 < len(blocks):
-            inputs.hidden = inputs.run(index, block)
+        data.pass_on(index, block)
+        if not recovering:
+            _recount(applied.layers[len(applied.layers) - len(layers[index]) :], layers[index])
+            for layer in layers[index]:
+                layer.mask = None  # nobody asks again, and together they would be a quarter of a model
+        blocks.done(index)
         around.progress(index + 1, len(blocks))
-    for _, method in stack.of_stage("recover"):
+    for _, method in recovering:
         applied.notes |= method.finish(everything, around)
-    _recount(applied, everything)
+    if recovering:
+        _recount(applied.layers, everything)
     applied.tolerance = selector.tolerance(everything)
     applied.warnings += _warnings(everything)
     for _, method in stack.methods:
@@ -119,34 +208,6 @@ def _groups(selector: WeightMethod, layers: list[Layer]) -> Iterator[list[Layer]
         yield from ([layer] for layer in layers)
     elif layers:
         yield layers
-
-
-def _measure_dense(
-    stack: Stack, blocks: nn.ModuleList, layers: list[list[Layer]], inputs: BlockInputs | None, around: Surroundings
-) -> BlockInputs | None:
-    """All statistics on the dense model; returns fresh inputs where a later stage needs them."""
-    if inputs is None:
-        return None
-    for index, block in enumerate(blocks):
-        inputs.hidden = _measure(stack, index, block, layers[index], inputs)
-    if len(stack.methods) == 1:
-        return None
-    return capture(around.loaded.model, blocks, around.calibration())
-
-
-def _measure(stack: Stack, index: int, block: nn.Module, layers: list[Layer], inputs: BlockInputs) -> list[Tensor]:
-    """Runs the calibration data through the block, fills the layers' statistics, returns the outputs."""
-    wanted = stack.statistics
-    if not wanted:
-        return inputs.run(index, block)
-    with gathering(block, {layer.name: layer.module for layer in layers}, lambda: Several(wanted)) as found:
-        outputs = inputs.run(index, block)
-    for layer in layers:
-        if layer.name not in found:
-            raise UserError(f"{layer.name}: calibration data never reached this layer; exclude it or use more data")
-        layer.gathered = found[layer.name]
-        layer.statistic = layer.gathered.parts.get(stack.selector[0])
-    return outputs
 
 
 def _prune(stack: Stack, layer: Layer, ahead: Tensor | None) -> LayerReport:
@@ -168,21 +229,21 @@ def _prune(stack: Stack, layer: Layer, ahead: Tensor | None) -> LayerReport:
     if weight is not layer.weight:
         layer.weight.copy_(weight)
     # a -0.0 that is there already stays: no bit changes without need
-    layer.weight[~mask & (layer.weight != 0)] = 0
+    layer.weight.masked_fill_(~mask & (layer.weight != 0), 0)
     layer.mask = mask
     layer.statistic = layer.gathered = layer.dense = layer.score = None
     pattern = str(getattr(selector, "pattern", None) or "unstructured")
-    return LayerReport(layer.name, name, mask.numel(), 0, 0, selector.asked(layer), pattern)
+    return LayerReport(layer.name, name, mask.numel(), 0, 0, selector.asked(layer), pattern, selector.stores_zeros)
 
 
-def _recount(applied: Applied, layers: Sequence[Layer]) -> None:
-    """What each mask removed, and the zeros among what it kept, after every stage has run."""
+def _recount(reports: Sequence[LayerReport], layers: Sequence[Layer]) -> None:
+    """What each mask removed, and the zeros among what it kept, once nothing changes them any more."""
     masks = {layer.name: (layer.mask, layer.weight) for layer in layers}
-    for report in applied.layers:
+    for report in reports:
         mask, weight = masks[report.layer]
         if mask is not None:
-            report.pruned = int((~mask).sum())
-            report.spare = int(((weight == 0) & mask).sum())
+            report.pruned = mask.numel() - int(mask.count_nonzero())
+            report.spare = int(((weight == 0) & mask).count_nonzero())
 
 
 def _warnings(layers: Sequence[Layer]) -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class Wanda(ScorePruner):
     )
 
     def statistic(self) -> Callable[[], Statistic] | None:
-        return lambda: InputNorm(self.norm)
+        return partial(InputNorm, self.norm)
 
     @property
     def order(self) -> str:
