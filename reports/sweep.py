@@ -17,6 +17,7 @@ from sparsebench import __version__
 from sparsebench.analysis.selection import order
 from sparsebench.analysis.statistics import swap_rate
 from sparsebench.reports import (
+    answers,
     cost_figures,
     crossings,
     data,
@@ -284,6 +285,21 @@ else:
     shown = knees.merge(area[["model", "task", "method", "retention"]], how="left", on=["model", "task", "method"])
     show.table(shown.drop(columns="levels"), "knees", f"Knees and retention, {source}.", digits={"sharpness": ".3g"})
 
+# %% answers
+written = answers.levels(sweep, counted)
+if written:
+    show.says(
+        "Test-time compute: tokens of an answer behind its prompt, of right (*correct*) and of *wrong* ones, and all "
+        "tokens over right answers (*per_correct*). A *cut* answer reached the limit: it counts with its length and as "
+        "wrong. *rho*: Spearman's, of length and correctness. *collapse*: the smallest sparsity with less than half of "
+        "the dense accuracy. Lengths compare within one tokenizer only."
+    )
+    spent = answers.spent(written)
+    show.table(answers.collapses(spent), "collapse", f"Where tasks collapse, {source}.")
+    show.table(spent, "answers", f"Tokens of answers, {source}.", digits={"achieved": ".4f", "n": ".0f"})
+    show.table(answers.by_length(written), "answers_by_length",
+               f"Accuracy in bins of equally many answers by length, {source}.", digits={"n": ".0f"})  # fmt: skip
+
 # %% [markdown] matched
 # ## Methods at the same sparsity
 # Score with its standard error, all at the same achieved sparsity. ~: interpolated along the method's own
@@ -470,8 +486,9 @@ for task, own in usable.groupby("task", sort=False):
 if frames:
     crossed = pd.concat(frames)[["task", "axis", "model", "larger", "cost", "low", "high", "share"]]
     show.table(crossed, "crossovers", "Costs above which the larger of two neighbouring sizes is the better one, with "
-               f"95% intervals and the share of resamples that have a crossover (empty: they do not change places), "
-               f"{source}.", digits={"cost": ",.4g", "low": ",.4g", "high": ",.4g", "share": ".3f"})  # fmt: skip
+               "95% intervals and the share of resamples that have a crossover (empty: they do not change places at a "
+               f"cost that both reach), {source}.",
+               digits={"cost": ",.4g", "low": ",.4g", "high": ",.4g", "share": ".3f"})  # fmt: skip
     operations = [name for name in have if name.startswith("flops_") and over_tasks.saves(usable, name)]
     equal = pd.concat(
         [over_tasks.equal_costs(usable, name, crossings.sizes(usable, name)).assign(axis=COSTS[name])
@@ -540,8 +557,8 @@ show.laws(results, source)
 if by_length:
     show.says(
         "The log-linear law of accuracy, for each phase by two estimators: *binomial*, the likelihood of the outcomes, "
-        "and *ols*, least squares on clipped logits as in the paper. Each axis in turn was held out: the law was fitted "
-        "without its highest value and predicts it."
+        "and *ols*, least squares on clipped logits as in the paper. Each axis in turn was held out: the law was "
+        "fitted without its highest value and predicts it."
     )
     for one in by_length:
         file = show.file_name("heldout", one.name)
@@ -549,8 +566,8 @@ if by_length:
             drawn = multiples.heldout(length_law.predictions(one), one.name)
             show.figure(drawn, file, f"{one.name}: what was held out, {source}.",
                         f"Predicted over observed accuracy on the held-out slices, {one.name}")  # fmt: skip
-    show.table(length_law.table(by_length), "heldout", "What each fit predicts of the slice that was held out, over all "
-               f"tasks and by task: R2, Spearman's rho, mean absolute error, {source}.")  # fmt: skip
+    show.table(length_law.table(by_length), "heldout", "What each fit predicts of the slice that was held out, over "
+               f"all tasks and by task: R2, Spearman's rho, mean absolute error, {source}.")  # fmt: skip
 if not results:
     show.empty("No law is fitted. " + "; ".join(reasons) + ".")
 

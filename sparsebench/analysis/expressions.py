@@ -5,8 +5,8 @@
     fit.chinchilla.alpha
 
 - numbers, ``+ - * /``, unary minus, parentheses, ``log(x)`` (natural), ``mean(...) min(...) max(...)``
-- record calls ``score nll acc achieved drop cost.flops cost.bytes cost.ms knee.<rule>``: each adds what
-  it is given to the claim's ``select``
+- record calls ``score nll acc achieved drop cost.flops cost.bytes cost.ms tokens.mean tokens.correct tokens.wrong
+  knee.<rule>``: each adds what it is given to the claim's ``select``
 - ``fit.<law>.<parameter>``: a constant of a fitted law, written without a call
 
 A record call takes keyword arguments only. Their values are numbers, ``true``, ``false``, ``null``, bare
@@ -32,7 +32,9 @@ from sparsebench.errors import UserError, closest
 
 RECORD_CALLS = "score nll acc achieved drop".split()
 COSTS = "flops bytes ms".split()
-KNEES = "tolerance breakpoint hinge chord".split()  # the rules by which a knee of a curve is found
+TOKENS = "mean correct wrong".split()  # tokens of an answer: of all, of right ones, of wrong ones
+KNEES = "tolerance breakpoint hinge chord collapse".split()  # the rules by which a knee of a curve is found
+_DOTTED = {"cost": ("a cost", COSTS), "tokens": ("a mean of tokens", TOKENS), "knee": ("a rule", KNEES)}
 FUNCTIONS = "log mean min max".split()
 MAX_LENGTH = 1000  # characters
 MAX_DEPTH = 60  # levels of nesting; a sum of n terms has n levels
@@ -42,7 +44,7 @@ Value = str | int | float | bool | None
 
 _ALLOWED = (
     "numbers, + - * /, parentheses, log, mean, min, max, score(...), nll(...), acc(...), achieved(...), drop(...), "
-    "cost.flops|bytes|ms(...), knee.<rule>(...), fit.<law>.<parameter>"
+    "cost.flops|bytes|ms(...), tokens.mean|correct|wrong(...), knee.<rule>(...), fit.<law>.<parameter>"
 )
 _WORDS: dict[str, Value] = {"true": True, "false": False, "null": None}
 _BINARY: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
@@ -281,7 +283,7 @@ class _Reader:
         parts = _dotted(node)
         if len(parts) == 3 and parts[0] == "fit":
             return Reference(parts[1], parts[2])
-        if parts and parts[0] in ("cost", "knee"):
+        if parts and parts[0] in _DOTTED:
             self.refuse(node, f"{'.'.join(parts)} must be called: {'.'.join(parts)}(method=...)")
         self.refuse(node, f"{'.'.join(parts) or 'an attribute of a value'} is not fit.<law>.<parameter>")
 
@@ -290,11 +292,12 @@ class _Reader:
         name = ".".join(parts)
         if name in FUNCTIONS:
             return self.function(name, node, depth)
-        if parts[:1] == ["cost"] and len(parts) == 2 and parts[1] not in COSTS:
-            self.refuse(node, f"cost.{parts[1]} is not a cost{closest(parts[1], COSTS)}")
-        if parts[:1] == ["knee"] and len(parts) == 2 and parts[1] not in KNEES:
-            self.refuse(node, f"knee.{parts[1]} is not a rule{closest(parts[1], KNEES)}")
-        if name in RECORD_CALLS or (len(parts) == 2 and parts[0] in ("cost", "knee")):
+        dotted = len(parts) == 2 and parts[0] in _DOTTED
+        if dotted:
+            what, known = _DOTTED[parts[0]]
+            if parts[1] not in known:
+                self.refuse(node, f"{name} is not {what}{closest(parts[1], known)}")
+        if name in RECORD_CALLS or dotted:
             return Call(name, self.select(name, node))
         if parts[:1] == ["fit"]:
             self.refuse(node, "fit.<law>.<parameter> is written without parentheses")

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy
 
-from sparsebench.analysis import curves
+from sparsebench.analysis import answer_lengths, curves
 from sparsebench.analysis.expressions import Call, Expression, Number, Operation, Reference
 from sparsebench.analysis.statistics import Array, Population, Weights, mean
 
@@ -61,6 +61,19 @@ class Mean:
 
 
 @dataclass(frozen=True)
+class Quotient:
+    """A mean over some of the samples: that of an outcome which is 0 elsewhere, over the share of those samples. Not
+    a number where there are none."""
+
+    above: Leaf
+    below: Leaf
+
+    def at(self, weights: Weights) -> Array:
+        with numpy.errstate(all="ignore"):
+            return numpy.divide(self.above.at(weights), self.below.at(weights))
+
+
+@dataclass(frozen=True)
 class Constant:
     """``values``: (seeds,) numbers that depend on no sample."""
 
@@ -108,6 +121,9 @@ class Knee:
         if self.rule == "tolerance":
             tolerance = curves.LOG_TOLERANCE if self.logarithmic else curves.TOLERANCE
             return curves.tolerance_knee(self.achieved, row, tolerance)
+        if self.rule == "collapse":
+            found = answer_lengths.collapse(self.achieved, row)
+            return 1.0 if found is None else found  # beyond the last level: at most where nothing is left
         if self.rule == "chord":
             return curves.chord_knee(self.achieved, row)
         if self.rule == "breakpoint":

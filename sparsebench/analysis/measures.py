@@ -6,7 +6,9 @@ What the calls mean (values are of the runs that the claim's ``select`` and the 
 - ``drop``: dense minus method, so that a loss is positive whichever direction is better for the task;
 - ``achieved``: achieved sparsity; ``cost.flops``: FLOPs per token, of a prefill or, where the task decodes through
   the cache, of decoding; ``cost.bytes``: bytes of the weights; ``cost.ms``: measured latency;
-- ``knee.<rule>``: the knee over achieved sparsity, none where a hinge is no better than a line (``curves.py``).
+- ``tokens.mean``: tokens of an answer; ``tokens.correct``, ``tokens.wrong``: of right and of wrong answers only;
+- ``knee.<rule>``: the knee over achieved sparsity, none where a hinge is no better than a line (``curves.py``);
+  ``knee.collapse``: the smallest sparsity at which the score is below half of dense, 1 where none is.
 """
 
 from __future__ import annotations
@@ -20,14 +22,19 @@ import numpy
 from sparsebench.analysis import fairness, fitted
 from sparsebench.analysis.claims import Claim
 from sparsebench.analysis.expressions import Call, Expression, Reference, Value
-from sparsebench.analysis.leaves import Constant, Drop, Knee, Leaf, Mean, evaluated
-from sparsebench.analysis.outcomes import Outcomes, Row, Untested, column_of, layout, outcomes
+from sparsebench.analysis.leaves import Constant, Drop, Knee, Leaf, Mean, Quotient, evaluated
+from sparsebench.analysis.outcomes import Outcomes, Row, Untested, column_of, layout, outcomes, spent
 from sparsebench.analysis.selection import CURVE_LEVELS, Point, differences, matching, nearest, same, value_of
 from sparsebench.analysis.statistics import Array, Population, Weights, is_bounded
 
 Values = Mapping[str, Value]
 Node = Call | Reference
 _DENSE: dict[str, Value] = {"method": "dense"}
+_TOKENS = {
+    "tokens.mean": ["tokens"],
+    "tokens.correct": ["tokens_if_correct", "correct"],
+    "tokens.wrong": ["tokens_if_wrong", "wrong"],
+}  # the columns of ``spent`` whose means they are, or are the quotient of
 _HINTS = 5000  # planned runs that are looked through for a hint
 
 
@@ -200,9 +207,11 @@ class Bench:
     def _add(self, kind: str, point: Point) -> None:
         record = self.evidence.record(point)
         try:
-            column, score = column_of(_outcome_kind(kind), record)
-            found = outcomes(self.evidence.samples.get(point["run_id"], ()), column)
-            self._shared.setdefault(_population(point, record), _Shared()).add(point, column, found, score)
+            columns = _columns(kind, record)
+            rows = self.evidence.samples.get(point["run_id"], ())
+            for column, score in columns:
+                found = outcomes(spent(rows) if kind in _TOKENS else rows, column)
+                self._shared.setdefault(_population(point, record), _Shared()).add(point, column, found, score)
         except Untested as problem:
             raise Untested(f"{named(point)}: {problem}") from None
 
@@ -224,6 +233,8 @@ class Bench:
         if metric not in self.evidence.better:
             raise Untested(f"{call}: whether more {metric} is better is not known")
         sign = 1 if self.evidence.better[metric] == "higher" else -1
+        if call.kind == "knee.collapse" and sign < 0:
+            raise Untested(f"{call}: half of the dense score says nothing of {metric}, which is better when lower")
         if call.kind == "drop":
             return Drop(dense, levels[0], sign)
         achieved = [[self.evidence.record(p)["achieved"] for p in self._over_seeds(level)] for level in chosen.levels]
@@ -238,12 +249,14 @@ class Bench:
             return Constant(numpy.array([_cost(kind, self.evidence.record(point), point) for point in points]))
         records = [self.evidence.record(point) for point in points]
         if self.claim.unit == "none":
-            return Constant(numpy.array([column_of(_outcome_kind(kind), record)[1] for record in records], float))
+            return Constant(numpy.array([_recorded(kind, record) for record in records], float))
         keys = list(self._shared)
         key = _population(points[0], records[0])
-        columns = [column_of(_outcome_kind(kind), record)[0] for record in records]
-        rows = [self._shared[key].of(p["run_id"], column) for p, column in zip(points, columns, strict=True)]
-        return Mean(numpy.stack(rows), self.populations[keys.index(key)], keys.index(key))
+        means = []
+        for columns in zip(*([name for name, _ in _columns(kind, record)] for record in records), strict=True):
+            rows = [self._shared[key].of(p["run_id"], column) for p, column in zip(points, columns, strict=True)]
+            means.append(Mean(numpy.stack(rows), self.populations[keys.index(key)], keys.index(key)))
+        return means[0] if len(means) == 1 else Quotient(*means)
 
     def _over_seeds(self, by_seed: Mapping[Any, Point]) -> list[Point]:
         return [by_seed[seed] if seed in by_seed else by_seed[None] for seed in self.seeds]
@@ -320,11 +333,26 @@ def _has_twin(call: Call) -> bool:
 
 
 def _has_outcomes(kind: str) -> bool:
-    return kind in ("nll", "acc", "score", "drop") or kind.startswith("knee.")
+    return kind in ("nll", "acc", "score", "drop") or kind in _TOKENS or kind.startswith("knee.")
 
 
-def _outcome_kind(kind: str) -> str:
-    return kind if kind in ("nll", "acc") else "score"
+def _columns(kind: str, record: Row) -> list[tuple[str, float | None]]:
+    """The per-sample columns that a call reads, and what the mean of each must be by the record (None: any)."""
+    if kind in _TOKENS:
+        if record.get("tokens") is None:
+            raise Untested(f"its task {record.get('task')} counts no tokens")
+        return [(column, record["tokens"] if column == "tokens" else None) for column in _TOKENS[kind]]
+    return [column_of(kind if kind in ("nll", "acc") else "score", record)]
+
+
+def _recorded(kind: str, record: Row) -> float | None:
+    """The record's own number for a call."""
+    if kind in _TOKENS:
+        column = {"tokens.mean": "tokens"}.get(kind, kind.replace(".", "_"))
+        if record.get(column) is None:
+            raise Untested(f"its task {record.get('task')} has no {column}")
+        return float(record[column])
+    return _columns(kind, record)[0][1]
 
 
 def _cost(kind: str, record: Row, point: Point) -> float:

@@ -90,6 +90,19 @@ def outcomes(rows: Sequence[Row], column: str) -> Outcomes:
     return Outcomes(tuple(sums), tuple(x[2] for x in sums.values()), tuple(x[3] for x in sums.values()), values)
 
 
+def spent(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows of answers with the columns that means over right and over wrong ones are quotients of."""
+    return [
+        {
+            **row,
+            "wrong": 1 - row["correct"],
+            "tokens_if_correct": row["tokens"] * row["correct"],
+            "tokens_if_wrong": row["tokens"] * (1 - row["correct"]),
+        }
+        for row in rows
+    ]
+
+
 def _document(sample: str, task: str) -> str:
     """``copy/17`` of ``copy/17/2``, the third answer of a document of the task ``copy``; other ids are whole."""
     inside = sample.removeprefix(f"{task}/") if task else ""

@@ -46,9 +46,10 @@ def tradeoffs(points: DataFrame, looks: Mapping[str, Look]) -> Drawn:
                 axes.set_title(setting, fontsize=7)
             if column == 0:
                 axes.set_ylabel(model, fontsize=7)
+            if row == len(models) - 1:
+                axes.set_xlabel("achieved sparsity")
     grid[0, 0].set_xlim(-0.02, 1.0)
     metric, better = points["metric"].iloc[0], points["better"].iloc[0]
-    drawn.figure.supxlabel("achieved sparsity", fontsize=8)
     drawn.figure.supylabel(f"{metric} ({better} is better)", fontsize=8)
     drawn.figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=5, handlelength=2.4)
     return drawn
@@ -110,9 +111,7 @@ def safe_map(safe: DataFrame, looks: Mapping[str, Look]) -> Drawn:
             text = f"{_level(sure)} / {_level(seen)}"
             dark = np.nan_to_num(seen) < 0.55
             axes.text(column, row, text, ha="center", va="center", fontsize=5, color="white" if dark else BLACK)
-    axes.set_xticks(
-        range(len(columns)), [f"{name}\n{setting}" for name, setting in columns], rotation=90, fontsize=5.5
-    )
+    axes.set_xticks(range(len(columns)), [f"{name}\n{setting}" for name, setting in columns], rotation=90, fontsize=5.5)
     axes.set_yticks(range(len(rows)), [f"{method}, {model}" for model, method in rows], fontsize=6)
     axes.grid(visible=False)
     axes.tick_params(length=0)

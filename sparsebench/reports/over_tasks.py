@@ -6,6 +6,7 @@ whose tasks is averaged.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,9 @@ def equal_costs(points: DataFrame, cost: str, models: Sequence[str]) -> DataFram
 
     rows: list[dict[str, Any]] = []
     for task, here in points.groupby("task", sort=False):
-        for small, large in zip(models, models[1:], strict=False):
+        if not saves(here, cost):
+            continue
+        for small, large in itertools.pairwise(models):
             dense = here[(here["model"] == small) & (here["method"] == DENSE)]
             own = here[(here["model"] == large) & here[cost].notna()]
             if dense.empty or own.empty:

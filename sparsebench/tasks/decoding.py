@@ -7,15 +7,47 @@ and every new token as one decode step, and what was read can be kept, copied an
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsebench.models.base import LoadedModel
+
+Choose = Callable[[Tensor], list[int]]  # logits (rows, vocabulary) -> an id a row
+
+
+def likeliest(logits: Tensor) -> list[int]:
+    """The most likely id of each row."""
+    chosen: list[int] = logits.argmax(-1).tolist()
+    return chosen
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws each row's id with a generator of its own, so that what a row draws does not depend on its batch.
+
+    ``temperature`` > 0 divides the logits; of the result the fewest ids that together reach the probability ``top_p``
+    are drawn from, in proportion."""
+
+    rngs: Sequence[Random]
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __call__(self, logits: Tensor) -> list[int]:
+        """logits: (rows, vocabulary), a row for each generator."""
+        found, order = (logits.float() / self.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+        kept = found * (found.cumsum(-1) - found < self.top_p)
+        sums = kept.cumsum(-1)
+        draws = torch.tensor([[rng.random()] for rng in self.rngs], dtype=sums.dtype, device=sums.device)
+        at = torch.searchsorted(sums, draws * sums[:, -1:], right=True)
+        last = (kept > 0).sum(-1, keepdim=True) - 1  # what rounding may overshoot
+        chosen: list[int] = order.gather(-1, torch.minimum(at, last))[:, 0].tolist()
+        return chosen
 
 
 @dataclass
@@ -54,17 +86,17 @@ class Stream:
             raise FloatingPointError("the model's logits are not numbers (NaN)")
         return self
 
-    def write(self, max_new: int, stop: Sequence[str] = ()) -> list[list[int]]:
-        """The most likely next ids: at most ``max_new`` a row, without the end of text, up to and with the token that
-        completes one of the texts in ``stop``. All but the last are fed. A row that has ended is fed its end token
-        until all rows have."""
+    def write(self, max_new: int, stop: Sequence[str] = (), choose: Choose = likeliest) -> list[list[int]]:
+        """The next ids, the most likely ones or as ``choose`` says: at most ``max_new`` a row, without the end of text,
+        up to and with the token that completes one of the texts in ``stop``. All but the last are fed. A row that has
+        ended is fed its end token until all rows have."""
         if self.logits is None or self.real is None:
             raise ValueError("nothing was fed yet")
         ends = end_tokens(self.loaded)
         found: list[list[int]] = [[] for _ in self.real]
         running = set(range(len(found)))
         for step in range(max_new):
-            chosen = self.logits.argmax(-1).tolist()
+            chosen = choose(self.logits)
             for row in sorted(running):
                 if chosen[row] not in ends:
                     found[row].append(chosen[row])

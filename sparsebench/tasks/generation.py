@@ -51,6 +51,10 @@ class Generation(Declared):
             for index, (start, end) in enumerate(document.answers)
         ]
 
+    def prompts(self, prepared: list[Question]) -> list[int]:
+        """Lengths of the prompts, in tokens."""
+        return sorted({len(question.prompt) for question in prepared})
+
     def evaluate(self, model: LoadedModel, how: Evaluation, prepared: list[Question]) -> Outcome:
         right: dict[str, bool] = {}
         groups: dict[tuple[int, int], list[Question]] = {}

@@ -7,12 +7,13 @@ lm-evaluation-harness, ``task=zero_shot`` the seven of the pruning papers. The t
 
 The score ``acc`` is the mean over the asked tasks of each one's plain accuracy, as the papers' tables
 have it; ``acc/<task>`` and ``acc_norm/<task>`` (length-normalised) stand beside it. A group counts as
-one task, its documents pooled; a tag as the tasks it stands for.
+one task, its documents pooled; a tag as the tasks it stands for. Other metrics than accuracies: ``lm_eval_score``.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import random
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from functools import lru_cache, partial
 from math import isclose
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsebench.declare import Declared, option, task
 from sparsebench.errors import UserError, closest
@@ -50,6 +51,10 @@ class LmEval(Declared):
     add_bos: bool | None = option(None, "begin each text with BOS; none: as the tokenizer does, like the harness")
     tinyworld_length: int = option(256, "length of the tinyworld documents", low=64, high=8192, unit="tokens")
     tinyworld_samples: int = option(100, "documents of each tinyworld task", low=1, unit="documents")
+
+    primary: ClassVar[str] = "acc"  # what the mean over the asked tasks is called
+    outcome: ClassVar[str] = "correct"  # what a sample's outcome is called
+    beside: ClassVar[tuple[str, ...]] = ("acc_norm",)  # metrics that are told too, where tasks have them
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,13 +89,31 @@ class LmEval(Declared):
                 limit=self.limit,
                 bootstrap_iters=0,  # standard errors come from the samples
             )
-        return _outcome(prepared, results)
+        return self._outcome(prepared, results)
 
-    def _manager(self) -> Any:
+    def metric_of(self, leaves: dict[str, Any]) -> str | None:
+        """The main metric that all ``leaves`` (of one asked name) report, or None."""
+        shared = set.intersection(*(set(leaf.aggregation()) for leaf in leaves.values()))
+        return next((name for name in _ACCURACIES if name in shared), None)
+
+    def check_metrics(self, asked: dict[str, dict[str, Any]]) -> None:
+        """UserError when nothing of what was asked is scored."""
+        if not any(self.metric_of(found) for found in asked.values()):
+            raise UserError(
+                f"task.tasks={','.join(self.tasks)}: none reports an accuracy; see task=lm_eval_score for other "
+                "metrics, task=perplexity for text"
+            )
+
+    def metadata(self, model: LoadedModel) -> dict[str, Any]:
+        """What tasks that make their documents themselves are told."""
+        return {"tinyworld_length": self.tinyworld_length, "tinyworld_samples": self.tinyworld_samples}
+
+    def _manager(self, model: LoadedModel) -> Any:
         """The harness's task manager that knows every asked name; UserError when none does."""
-        manager = _manager(self.include_path, self.tinyworld_length, self.tinyworld_samples, defaults=False)
+        told = json.dumps(self.metadata(model))
+        manager = _manager(self.include_path, told, defaults=False)
         if not set(self.tasks) <= set(manager.all_tasks):
-            manager = _manager(self.include_path, self.tinyworld_length, self.tinyworld_samples, defaults=True)
+            manager = _manager(self.include_path, told, defaults=True)
         for name in self.tasks:
             if name not in manager.task_index:
                 match = difflib.get_close_matches(name, manager.all_tasks, n=1)
@@ -99,7 +122,7 @@ class LmEval(Declared):
         return manager
 
     def _load(self, model: LoadedModel) -> dict[str, dict[str, Any]]:
-        manager = self._manager()
+        manager = self._manager(model)
         asked: dict[str, dict[str, Any]] = {}
         for name in self.tasks:
             try:
@@ -116,8 +139,7 @@ class LmEval(Declared):
                 raise UserError(
                     f"task.tinyworld_length={self.tinyworld_length}: the model's context has {model.context} tokens"
                 )
-        if not any(_accuracy(found) for found in asked.values()):
-            raise UserError(f"task.tasks={','.join(self.tasks)}: none reports an accuracy; see task=perplexity")
+        self.check_metrics(asked)
         return asked
 
     def _configure(self, leaves: dict[str, Any]) -> None:
@@ -130,15 +152,43 @@ class LmEval(Declared):
                 leaf.set_config(key="num_fewshot", value=0)
             leaf.set_fewshot_seed(seed=self.seed)
 
+    def _outcome(self, asked: dict[str, dict[str, Any]], results: dict[str, Any]) -> Outcome:
+        """The harness's results as scores (the mean first) and rows."""
+        main: list[Score] = []
+        scores: dict[str, Score] = {}
+        samples: dict[str, dict[str, Any]] = {}  # by id: a task may be asked alone and in a group
+        for name, leaves in asked.items():
+            metric = self.metric_of(leaves)
+            for one in [metric, *self.beside] if metric else _metrics(leaves):
+                score = _score(one, list(leaves), results)
+                if score is not None:
+                    scores[f"{one}/{name}"] = score
+            if metric:
+                if f"{metric}/{name}" not in scores:
+                    raise UserError(f"task.tasks={name}: {metric} cannot be pooled over its tasks; name them instead")
+                main.append(scores[f"{metric}/{name}"])
+                samples |= {row["sample"]: row for leaf in leaves for row in self._rows(leaf, metric, results)}
+        return Outcome({self.primary: Score.average(main), **scores}, list(samples.values()), _notes(results))
+
+    def _rows(self, leaf: str, metric: str, results: dict[str, Any]) -> list[dict[str, Any]]:
+        rows = []
+        for document in _documents(leaf, metric, results):
+            row: dict[str, Any] = {"sample": f"{leaf}/{document['doc_id']}", "task": leaf}
+            if isinstance(document[metric], Real):  # others are only made over all documents
+                row[self.outcome] = float(document[metric])
+            row |= {one: float(document[one]) for one in self.beside if one in document}
+            rows.append(row)
+        return rows
+
 
 @lru_cache(maxsize=4)
-def _manager(include_path: str | None, length: int, samples: int, defaults: bool) -> Any:
-    """A task manager over our own tasks, the user's folder and, if ``defaults``, the harness's."""
+def _manager(include_path: str | None, told: str, defaults: bool) -> Any:
+    """A task manager over our own tasks, the user's folder and, if ``defaults``, the harness's. ``told``: metadata for
+    all of them, as JSON."""
     from lm_eval.tasks import TaskManager
 
     folders = [str(_OWN)] + ([include_path] if include_path else [])
-    metadata: Any = {"tinyworld_length": length, "tinyworld_samples": samples}
-    return TaskManager(include_defaults=defaults, include_path=folders, metadata=metadata)
+    return TaskManager(include_defaults=defaults, include_path=folders, metadata=json.loads(told))
 
 
 @contextmanager
@@ -181,29 +231,6 @@ def _unavailable(name: str, error: Exception) -> UserError:
     return UserError(f"task.tasks={name}: cannot be loaded: {type(error).__name__}: {reason}")
 
 
-def _accuracy(leaves: dict[str, Any]) -> str | None:
-    """The main accuracy that all ``leaves`` report, or None."""
-    shared = set.intersection(*(set(leaf.aggregation()) for leaf in leaves.values()))
-    return next((name for name in _ACCURACIES if name in shared), None)
-
-
-def _outcome(asked: dict[str, dict[str, Any]], results: dict[str, Any]) -> Outcome:
-    """The harness's results as scores (the mean first) and rows."""
-    main: list[Score] = []
-    scores: dict[str, Score] = {}
-    samples: dict[str, dict[str, Any]] = {}  # by id: a task may be asked alone and in a group
-    for name, leaves in asked.items():
-        metric = _accuracy(leaves)
-        for one in [metric, "acc_norm"] if metric else _metrics(leaves):
-            score = _score(one, list(leaves), results)
-            if score is not None:
-                scores[f"{one}/{name}"] = score
-        if metric:
-            main.append(scores[f"{metric}/{name}"])
-            samples |= {row["sample"]: row for leaf in leaves for row in _rows(leaf, metric, results)}
-    return Outcome({"acc": Score.average(main), **scores}, list(samples.values()), _notes(results))
-
-
 def _metrics(leaves: dict[str, Any]) -> list[str]:
     return sorted({metric for leaf in leaves.values() for metric in leaf.aggregation()})
 
@@ -231,18 +258,6 @@ def _documents(leaf: str, metric: str, results: dict[str, Any]) -> list[dict[str
     """The logged documents that carry ``metric``, under the first filter of the task that does."""
     found = [row for row in results["samples"][leaf] if metric in row]
     return [row for row in found if row["filter"] == found[0]["filter"]]
-
-
-def _rows(leaf: str, metric: str, results: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = []
-    for document in _documents(leaf, metric, results):
-        row: dict[str, Any] = {"sample": f"{leaf}/{document['doc_id']}", "task": leaf}
-        if isinstance(document[metric], Real):  # others are only made over all documents
-            row["correct"] = float(document[metric])
-        if "acc_norm" in document:
-            row["acc_norm"] = float(document["acc_norm"])
-        rows.append(row)
-    return rows
 
 
 def _notes(results: dict[str, Any]) -> dict[str, Any]:

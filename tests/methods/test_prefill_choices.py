@@ -14,10 +14,11 @@ from sparsebench.methods.attention.anchor_attention import AnchorAttention
 from sparsebench.methods.attention.base import SparseAttention, heads_of
 from sparsebench.methods.attention.block_sparse import BlockSparse
 from sparsebench.methods.attention.flexprefill import FlexPrefill
-from sparsebench.methods.attention.minference import MInference, candidates, recall
-from sparsebench.methods.attention.pbs_attn import PbsAttn
+from sparsebench.methods.attention.minference import MInference, candidates, more_candidates, recall
+from sparsebench.methods.attention.pbs_attn import PbsAttn, largest
 from sparsebench.methods.attention.seer_attention import SeerAttention
 from sparsebench.methods.attention.selections import Heads, causal, masked_softmax
+from sparsebench.methods.attention.slashes import slash_tiles
 from sparsebench.models.plug import Handler, plugged
 
 
@@ -169,3 +170,69 @@ def test_a_threshold_of_nothing_keeps_every_block(model):
     high = {"threshold": 0.5, "steps": 1, "batch": 1, "last_block_dense": False}
     empty, safe = (run(model, SeerAttention(force_diagonal=safe, **high), IDS) for safe in (False, True))
     assert empty[0].isfinite().all() and empty[1].achieved > safe[1].achieved
+
+
+def test_minference_can_search_by_the_error_of_the_output(model):
+    method = MInference(search="output")
+    tensors = learned(method, model)
+    tried = more_candidates(200)
+
+    class Check(Handler):
+        def allow(self, call):
+            heads = heads_of(call, 0, 0, 200, {})
+            found = method.exactness(heads)
+            assert found.shape == (len(tried), 4) and bool((found <= 0).all())
+            best = [tried.index(tuple(pattern)) for pattern in tensors["patterns"][call.index].tolist()]
+            assert found.argmax(dim=0).tolist() == best
+
+    windows = torch.randint(2, 64, (4, 200), generator=torch.Generator().manual_seed(9))
+    with torch.no_grad(), plugged(model, Check()):
+        model(input_ids=windows[:1], use_cache=False)
+    assert [pattern[1:] for pattern in more_candidates(3500)][:6] == [
+        (30, 800), (100, 800), (100, 750), (500, 700), (3500, 100), (1000, 4096),
+    ]  # fmt: skip
+
+
+def test_the_permutation_can_be_random_and_blocks_pooled_by_their_maximum(heavy):
+    options = {"threshold": 0.9, "block_size": 16, "segment_size": 64}
+    importance, random = (PbsAttn(permutation=order, **options).select(heavy) for order in ("importance", "random"))
+    assert importance.density < random.density
+    again = PbsAttn(permutation="random", **options).select(heavy)
+    assert again.columns.equal(random.columns)
+    padded = largest(-torch.ones(1, 20, 3), 16, 12)
+    assert padded[0, :, 0].tolist() == [-1.0, 0.0], "padding counts as zeros"
+    one, other = (PbsAttn(key_pool=pool, **options).select(heavy).mask for pool in ("mean", "max"))
+    assert not one.equal(other)
+
+
+def walked(verticals, slashes, size):
+    """Tiles as they are described: one query tile after the other, offsets from the largest on."""
+    tokens = len(verticals)
+    mask = torch.zeros(-(-tokens // size), tokens, dtype=torch.bool)
+    work = 0
+    for row in range(len(mask)):
+        end, stop = (row + 1) * size, None
+        for offset in sorted((o for o in range(tokens) if slashes[o] and o < end), reverse=True):
+            reach = max(end - offset, size)
+            if stop is not None and reach <= stop:
+                continue
+            start = reach - size if stop is None or reach > stop + size else stop
+            stop = start + size
+            mask[row, start:stop] = True
+            work += size * size
+        single = [j for j in range(min(stop or 0, tokens)) if verticals[j] and not mask[row, j]]
+        mask[row, single] = True
+        work += size * len(single)
+    return mask, work
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_tiles_are_those_of_a_walk(seed):
+    draw = torch.Generator().manual_seed(seed)
+    tokens, size = 40 + 7 * seed, (1, 4, 8, 16)[seed % 4]
+    shares = torch.rand(2, generator=draw)
+    verticals, slashes = (torch.rand(tokens, generator=draw) < share**2 for share in shares)
+    found = slash_tiles(verticals[None], slashes[None], size)
+    mask, work = walked(verticals, slashes, size)
+    assert found.mask[0].equal(mask)
+    assert float(found.reported[0]) == pytest.approx(1 - work / (tokens * (tokens + 1) / 2))

@@ -74,6 +74,13 @@ def test_baselines_levels_and_exclusions() -> None:
     ]  # fmt: skip
 
 
+def test_a_combination_that_cannot_run_may_be_left_out() -> None:
+    grid = {"method": ["quest"], "task": ["sf_niah"], "task.protocol": ["windows", "continuation"], "sparsity": [0.5]}
+    assert any("quest acts in phase decode" in one for one in mistakes(sweep(grid)))
+    made = plans.make(WORKSPACE, sweep(grid, exclude=[{"task.protocol": ["windows"], "method": ["quest"]}]))
+    assert points(made, "method", "task.protocol") == [("quest", "continuation")]
+
+
 def test_stacks_tasks_and_options_of_one_method() -> None:
     one = sweep({
         "method": [["wanda", "dsnot"], "wanda+dsnot", "magnitude"], "method.wanda.norm": ["l1", "l2"],

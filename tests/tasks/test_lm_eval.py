@@ -22,6 +22,7 @@ from sparsebench.tasks.base import Evaluation, Outcome
 from sparsebench.tasks.harness import documents
 from sparsebench.tasks.harness.bridge import CachedLM
 from sparsebench.tasks.lm_eval import LmEval
+from sparsebench.tasks.lm_eval_score import LmEvalScore
 
 TOKENIZER = Path(sparsebench.__file__).parent / "models" / "weights" / "tokenizer"
 CONTEXT = 128
@@ -61,8 +62,36 @@ doc_to_target: question
 metric_list: [{metric: word_perplexity}]
 metadata: {version: 1}
 """
+SCORED = """
+task: my_overlap
+custom_dataset: !function docs.sized
+test_split: test
+output_type: generate_until
+doc_to_text: question
+doc_to_target: answer
+process_results: !function docs.overlap
+generation_kwargs: {until: [], max_gen_toks: 4, do_sample: false, temperature: 1}
+metric_list:
+  - {metric: overlap, aggregation: mean, higher_is_better: true}
+  - {metric: "96", aggregation: !function docs.kept, higher_is_better: true}
+  - {metric: length, aggregation: mean, higher_is_better: false}
+  - {metric: corpus, aggregation: !function docs.pairs, higher_is_better: true}
+metadata: {version: 3}
+"""
 DOCS = """
 from datasets import Dataset
+def sized(max_seq_lengths=(), tokenizer="", **_):
+    rows = [{"question": f"David saw the lamp {i}", "answer": "x", "size": size, "tokenizer": tokenizer}
+            for size in max_seq_lengths or [0] for i in range(6)]
+    return {"test": Dataset.from_list(rows)}
+def overlap(doc, results):
+    share = len(doc["question"]) % 3 / 2
+    own = {str(doc["size"]): share} if doc["size"] else {}
+    return {"overlap": share, "length": len(results[0]), "corpus": (share, 2), **own}
+def kept(values):
+    return sum(values) / len(values)
+def pairs(values):
+    return sum(a * b for a, b in values) / 12
 def dataset(**_):
     rows = [{"question": f"David saw the {word}, ask {i}:", "label": i % 2, "answer": "x"}
             for i, word in enumerate(["lamp", "old sword", "ring", "bread and salt", "bow"])]
@@ -93,7 +122,13 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def own(tmp_path: Path) -> str:
-    for name, text in {"b.yaml": BOOLEANS, "g.yaml": GENERATED, "r.yaml": ROLLING, "docs.py": DOCS}.items():
+    for name, text in {
+        "b.yaml": BOOLEANS,
+        "g.yaml": GENERATED,
+        "r.yaml": ROLLING,
+        "s.yaml": SCORED,
+        "docs.py": DOCS,
+    }.items():
         (tmp_path / name).write_text(text)
     hub = BOOLEANS.replace("my_booleans", "my_hub")
     (tmp_path / "h.yaml").write_text(hub.replace("custom_dataset: !function docs.dataset", "dataset_path: no/thing"))
@@ -372,3 +407,47 @@ def test_an_unknown_task_names_the_closest(loaded: LoadedModel, monkeypatch: pyt
     with pytest.raises(UserError, match=r"task.tasks=zzz: unknown harness task; 'lm-eval ls tasks' lists"):
         LmEval(tasks=("zzz",), limit=3).prepare(loaded, None)
     LmEval(tasks=("tinyworld",), tinyworld_length=64).prepare(loaded, None)
+
+
+def test_other_metrics_than_accuracies(loaded: LoadedModel, own: str, no_network: None) -> None:
+    task = LmEvalScore(tasks=("my_overlap", "my_echo", "my_booleans"), metrics=("overlap", "exact_match", "acc_norm"),
+                       include_path=own)  # fmt: skip
+    outcome = _run(task, loaded)
+    names = ["score", "overlap/my_overlap", "exact_match/my_echo", "acc_norm/my_booleans"]
+    assert list(outcome.scores) == names
+    score = outcome.scores["score"]
+    assert score.value == pytest.approx(sum(outcome.scores[name].value for name in names[1:]) / 3)
+    assert score.stderr is not None and score.n == len(outcome.samples) == 6 + 5 + 5
+    rows = [row["score"] for row in outcome.samples if row["task"] == "my_overlap"]
+    assert sum(rows) / 6 == pytest.approx(outcome.scores["overlap/my_overlap"].value)
+
+
+def test_a_metric_over_all_documents_has_no_outcomes(loaded: LoadedModel, own: str) -> None:
+    outcome = _run(LmEvalScore(tasks=("my_overlap",), metrics=("corpus",), include_path=own), loaded)
+    score = outcome.scores["score"]
+    assert score.stderr is None and score.value == outcome.scores["corpus/my_overlap"].value
+    assert len(outcome.samples) == 6 and all("score" not in row for row in outcome.samples)
+
+
+def test_tasks_that_make_their_prompts_are_told_length_and_tokenizer(loaded: LoadedModel, own: str) -> None:
+    task = LmEvalScore(tasks=("my_overlap",), length=96, include_path=own)
+    prepared = task.prepare(loaded, None)
+    document = prepared["my_overlap"]["my_overlap"].dataset["test"][0]
+    assert (document["size"], document["tokenizer"]) == (96, str(loaded.tokenizer.name_or_path))
+    outcome = task.evaluate(loaded, Evaluation(), prepared)
+    assert list(outcome.scores) == ["score", "96/my_overlap"]
+
+
+def test_metrics_that_cannot_be_scored_are_refused(loaded: LoadedModel, own: str, no_network: None) -> None:
+    for bad, message in [
+        ({"metrics": ()}, r"task.metrics=\[\]: name at least one metric"),
+        (
+            {"tasks": ("my_echo",), "metrics": ("f1", "rouge")},
+            r"task.metrics=\[f1,rouge\]: my_echo reports exact_match",
+        ),
+        ({"tasks": ("my_overlap",), "metrics": ("length",)}, "length of my_overlap is not better when it is higher"),
+        ({"tasks": ("my_text",), "metrics": ("word_perplexity",)}, "word_perplexity of my_text is not better"),
+        ({"tasks": ("my_overlap",), "length": 129}, "task.length=129: the model's context has 128"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            LmEvalScore(**{"include_path": own, **bad}).prepare(loaded, None)

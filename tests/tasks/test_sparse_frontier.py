@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 import sparsebench
 from sparsebench.errors import UserError
 from sparsebench.models.base import LoadedModel
+from sparsebench.models.embedded import Ladder
 from sparsebench.tasks.base import Evaluation
 from sparsebench.tasks.page import NOISE, Page
 from sparsebench.tasks.sparse_frontier import story_text
@@ -266,6 +267,13 @@ def test_a_natural_record(command: Command) -> None:
     assert 0 <= record["score"] <= 1 and record["score_n"] == 2 and record["length"] == 600
 
 
+def test_outcomes_are_called_like_the_score() -> None:
+    ladder, task = Ladder(rung="tiny_100k").load(), SparseFrontier(name="niah", length=128, samples=3)
+    outcome = task.evaluate(ladder, Evaluation(), task.prepare(ladder, None))
+    values = [row["score"] for row in outcome.samples]
+    assert len(values) == 3 * 4 and sum(values) / 12 == pytest.approx(outcome.scores["score"].value)
+
+
 @pytest.mark.parametrize(
     ("words", "say"),
     [
@@ -273,6 +281,10 @@ def test_a_natural_record(command: Command) -> None:
         ("task=sf_niah task.form=natural task.length=600 task.max_new=600", "context of tiny_100k"),
         ("task=sf_niah task.form=natural task.length=100 task.max_new=100", "too short"),
         ("task=sf_niah task.length=2048", "context of 1024"),
+        (
+            "task=sf_niah task.length=128 method=vertical_slash method.vertical_slash.approximation_size=256",
+            "approximation_size=256",
+        ),
         ("task=sf_niah task.length=64 task.num_queries=20", "task.length=64"),
         ("task=sf_story_filtering task.form=tinyworld task.length=256", "no such form"),
         ("task=sf_qa_quality task.length=600 task.max_new=9 task.file=/no/such.json", "task.file=/no/such.json"),

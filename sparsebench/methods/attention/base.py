@@ -29,6 +29,7 @@ from sparsebench.costs.flops import Attention, attention_of
 from sparsebench.costs.saving import Saving
 from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
+from sparsebench.methods.attention.on_kernels import KernelUse, Part, attend
 from sparsebench.methods.attention.selections import Heads, Selection
 from sparsebench.methods.base import Applied, Counted, Surroundings
 from sparsebench.models.plug import Allowed, Call, Handler, Work, plugged, reach
@@ -193,13 +194,16 @@ def block_of(given: int | None, paper: int, tokens: int) -> int:
 
 class Chosen(Allowed):
     """The selections of a batch as one mask: ``parts`` holds (row, first and last + 1 real position, selection);
-    ``shape``: rows, heads, columns."""
+    ``shape``: rows, heads, columns; ``kernels``: where kernels may compute it, what became of that."""
 
     def __init__(
-        self, parts: Sequence[tuple[int, int, int, Selection]], shape: tuple[int, int, int], device: torch.device
+        self, parts: Sequence[Part], shape: tuple[int, int, int], device: torch.device, kernels: KernelUse | None = None
     ) -> None:
         super().__init__()
-        self.parts, self.shape, self.device = parts, shape, device
+        self.parts, self.shape, self.device, self.kernels = parts, shape, device, kernels
+
+    def by_kernel(self, call: Call) -> tuple[Tensor, Tensor] | None:
+        return None if self.kernels is None else attend(call, self.parts, self.kernels)
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self._whole(torch.bool, start, stop, lambda part, a, b: part.rows(a, b))
@@ -246,6 +250,16 @@ class SparseAttention(Handler):
     target: str = "attention"
     counts: dict[int, LayerCount] = field(default_factory=dict)
     chosen: Chosen | None = None
+    kernels: KernelUse | None = None
+
+    @contextmanager
+    def on_kernels(self) -> Iterator[KernelUse]:
+        """Inside, what can be computed by kernels is, wherever the method is attached."""
+        self.kernels = KernelUse()
+        try:
+            yield self.kernels
+        finally:
+            self.kernels = None
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -261,7 +275,7 @@ class SparseAttention(Handler):
         for row, (first, last) in enumerate(extents(call.real)):
             parts.append((row, first, last, self.how.select(heads_of(call, row, first, last, self.tensors))))
         batch, heads = call.query.shape[:2]
-        self.chosen = Chosen(parts, (batch, heads, call.key.shape[2]), call.query.device)
+        self.chosen = Chosen(parts, (batch, heads, call.key.shape[2]), call.query.device, self.kernels)
         return self.chosen
 
     def after(self, call: Call, work: Work) -> None:

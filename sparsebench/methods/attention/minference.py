@@ -8,7 +8,11 @@ any that are forced.
 
 ``assign=paper`` gives heads what won. The released code does something else: a winning A-shape is stored as
 vertical-slash (100, 800), a winning block-sparse as vertical-slash (1000, 6096), so that no head uses either
-(``assign=released``). Its second search, by output error, is not here.
+(``assign=released``).
+
+``search=output`` is the released code's second search: each candidate as it is computed on a prompt, on all rows, with
+(100, 800) and (1000, 4096) more; the one with the fewest output entries that are off by more than 5e-3 wins. The
+patterns are written by ``save=`` and read back by ``fitted_from=``.
 
 The sizes are tokens, for prompts from 3500 on; on shorter ones candidates, forced entries and tiles are shares of the
 prompt: A-shape (N/32, N/8); (N/128, N/8), (N/32, 7N/64), (N/8, N/32). ``sparsity`` searches one factor on all sizes.
@@ -17,6 +21,7 @@ Achieved counts causal pairs, of tiles as the kernel computes them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import log2
 from typing import Any, ClassVar
@@ -39,6 +44,7 @@ Pattern = tuple[int, int, int]  # kind and two sizes; block-sparse: (kind, share
 
 _LONG = 3500  # tokens that the paper's candidates need
 _ROWS_AT_ONCE = 2**24  # logits
+_OFF = 5e-3  # from which an entry of the output is wrong
 
 
 @method(
@@ -67,6 +73,10 @@ class MInference(FittedMethod):
     ratio: float | None = option(
         None, "factor on every head's sizes, in place of sparsity", above=0.0, unit="instead of sparsity"
     )
+    search: str = option(
+        "recall", "what a pattern is chosen by: the attention it holds, or the error of its output",
+        choices=("recall", "output"),
+    )  # fmt: skip
     assign: str = option("paper", "heads get what won, or what the released code stores", choices=("paper", "released"))
     samples: int = option(1, "calibration sequences that the search looks at", low=1)
     starting_layer: int = option(0, "earlier layers are dense", low=0)
@@ -86,13 +96,14 @@ class MInference(FittedMethod):
     @torch.no_grad()
     def learn(self, around: Surroundings) -> dict[str, Tensor]:
         windows = around.calibration()[: self.samples].to(around.loaded.device)
-        recall = Recall()
-        with plugged(around.loaded.model, recall):
+        scores = Search(recall if self.search == "recall" else self.exactness)
+        with plugged(around.loaded.model, scores):
             for done, window in enumerate(windows):
                 around.loaded.model(input_ids=window[None], use_cache=False)
                 around.progress(done + 1, len(windows))
         tokens = windows.shape[1]
-        found = [[self.stored(candidates(tokens)[int(best)], tokens) for best in layer.argmax(0)] for layer in recall]
+        tried = candidates(tokens) if self.search == "recall" else more_candidates(tokens)
+        found = [[self.stored(tried[int(best)], tokens) for best in layer.argmax(0)] for layer in scores]
         return {"patterns": torch.tensor(found)}
 
     def stored(self, best: Pattern, tokens: int) -> Pattern:
@@ -144,6 +155,20 @@ class MInference(FittedMethod):
         mask = pooled_blocks(heads.query[where], heads.keys[where], size, max(1, int(kept * ratio)))
         return blocks(mask, size, tokens)
 
+    def exactness(self, heads: Heads) -> Tensor:
+        """(candidates, H): minus the output entries that are off by more than 5e-3 under each of ``more_candidates``,
+        as it is computed on a prompt."""
+        tokens, everyone, seen = heads.tokens, torch.arange(len(heads.query)), self.estimate(heads)
+        parts = [self._part(heads, seen, everyone, pattern, 1.0) for pattern in more_candidates(tokens)]
+        values = heads.value.repeat_interleave(len(heads.query) // len(heads.value), dim=0).float()
+        total = torch.zeros(len(parts), len(heads.query), dtype=torch.float64)
+        for begin, end, logits, visible in _rows(heads, 0):
+            whole = masked_softmax(logits, visible) @ values
+            for place, part in enumerate(parts):
+                found = masked_softmax(logits, visible & part.rows(begin, end).to(visible.device)) @ values
+                total[place] -= ((found - whole).abs() > _OFF).sum(dim=(1, 2)).double().cpu()
+        return total
+
     def index_flops(self, tokens: int, layer: Attention) -> float:
         """As if every head looked for verticals and slashes."""
         return 2.0 * layer.heads * scaled(self.last_q, 64, tokens, share=32, least=16) * tokens * layer.head_dim
@@ -165,6 +190,16 @@ def candidates(tokens: int) -> list[Pattern]:
     ]
 
 
+def more_candidates(tokens: int) -> list[Pattern]:
+    """The patterns that the search by output error tries, in its order."""
+    lines = [(30, 800), (100, 800), (100, 750), (500, 700), (3500, 100), (1000, 4096)]
+    if tokens < _LONG:
+        lines = [(tokens // 128, tokens // 8), (tokens // 32, tokens // 8), (tokens // 32, 7 * tokens // 64),
+                 (tokens // 8, tokens // 32), (tokens // 8, tokens // 4)]  # fmt: skip
+    first, *_, last = candidates(tokens)
+    return [*((VERTICAL_SLASH, *sizes) for sizes in lines), first, last]
+
+
 def _forced(tokens: int, first: int | None = None, near: int | None = None) -> tuple[int, int]:
     """Columns and diagonals that are always taken on a prompt."""
     short = tokens < _LONG
@@ -183,12 +218,16 @@ def pooled_blocks(query: Tensor, key: Tensor, size: int, kept: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter(2, best, True) & seen
 
 
-class Recall(Handler, list[Tensor]):
-    """Per layer (candidates, H): the mean attention mass inside each candidate's mask, summed over samples."""
+class Search(Handler, list[Tensor]):
+    """Per layer (candidates, H): the ``score`` of each candidate, the larger the better, summed over samples."""
+
+    def __init__(self, score: Callable[[Heads], Tensor]) -> None:
+        super().__init__()
+        self.score = score
 
     def allow(self, call: Call) -> Allowed | None:
         for row, (first, last) in enumerate(extents(call.real)):
-            found = recall(heads_of(call, row, first, last, {}))
+            found = self.score(heads_of(call, row, first, last, {}))
             if call.index == len(self):
                 self.append(found)
             else:
@@ -202,15 +241,21 @@ def recall(heads: Heads) -> Tensor:
     masks = [_searched(heads, pattern) for pattern in candidates(tokens)]
     total = torch.zeros(len(masks), len(heads.query), dtype=torch.float64, device=heads.query.device)
     start = 2500 if tokens >= _LONG else tokens // 8
+    for begin, end, logits, visible in _rows(heads, start):
+        weights = masked_softmax(logits, visible)
+        for place, mask in enumerate(masks):
+            total[place] += (weights * mask.rows(begin, end)).sum(dim=(1, 2)).double()
+    return total.cpu() / (tokens - start)
+
+
+def _rows(heads: Heads, start: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """The queries from ``start`` on in pieces: first and last + 1, logits (H, rows, N) float32, causal mask."""
+    tokens = heads.tokens
     step = max(1, _ROWS_AT_ONCE // (len(heads.query) * tokens))
     for begin in range(start, tokens, step):
         end = min(begin + step, tokens)
         logits = heads.query[:, begin:end].float() @ heads.keys.float().transpose(1, 2) * heads.scaling
-        seen = causal(tokens, tokens, logits.device)[begin:end]
-        weights = masked_softmax(logits, seen)
-        for place, mask in enumerate(masks):
-            total[place] += (weights * mask.rows(begin, end)).sum(dim=(1, 2)).double()
-    return total.cpu() / (tokens - start)
+        yield begin, end, logits, causal(tokens, tokens, logits.device)[begin:end]
 
 
 def _searched(heads: Heads, pattern: Pattern) -> Selection:

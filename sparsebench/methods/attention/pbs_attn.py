@@ -12,7 +12,8 @@ Attention does not change when keys and values are permuted together. With segme
 A query computes a key of a chosen block if the key's original position is not after it. ``threshold=1`` takes every
 block. ``sparsity`` searches the threshold. Achieved counts causal pairs; ``sparsity_reported`` counts blocks of the
 lower block triangle. Paper: blocks of 128, segments of 256; here less on short prompts, and segments of up to 4 blocks.
-Not here: the antidiagonal selector, max pooling and random permutations.
+``query_pool`` and ``key_pool`` pool by the maximum instead, ``permutation=random`` sorts by a draw that is the same for
+every prompt. Not here: the antidiagonal selector (PBS-Attn+).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparsebench.costs.flops import Attention
 from sparsebench.declare import Taxonomy, method, option
@@ -56,7 +58,11 @@ class PbsAttn(AttentionMethod):
     )
     block_size: int | None = option(None, "tokens of a block; 128, or less on short prompts", low=1)
     segment_size: int | None = option(None, "tokens of a segment; 256, at most 4 blocks", low=1)
-    permutation: str = option("importance", "how keys are ordered in a segment", choices=("importance", "none"))
+    permutation: str = option(
+        "importance", "how keys are ordered in a segment", choices=("importance", "none", "random")
+    )
+    query_pool: str = option("mean", "how a block's queries are pooled", choices=("mean", "max"))
+    key_pool: str = option("mean", "how a block's keys are pooled", choices=("mean", "max"))
     share_permutation: bool = option(False, "one order for the query heads of a KV head")
     force_first: bool = option(True, "always compute the block that holds the first token")
 
@@ -87,7 +93,7 @@ class PbsAttn(AttentionMethod):
         if heads.tokens <= segment:
             return None
         order = key_order(heads, block, segment, self.permutation, self.share_permutation)
-        return _Sorted(order, block_scores(heads, order, block, segment))
+        return _Sorted(order, block_scores(heads, order, block, segment, (self.query_pool, self.key_pool)))
 
     def span(self, heads: Heads, seen: Any) -> tuple[float, float]:
         return 1e-6, 1.0
@@ -127,8 +133,12 @@ def key_order(heads: Heads, block: int, segment: int, permutation: str, shared: 
     whole = tokens // segment
     if permutation == "none" or whole * segment == segment == tokens:
         return plain
-    logits = heads.query[:, -block:].float() @ heads.keys[:, : whole * segment].float().transpose(1, 2)
-    importance = (logits * heads.scaling).softmax(dim=-1).mean(dim=1)
+    if permutation == "random":
+        draw = torch.rand(count, whole * segment, generator=torch.Generator().manual_seed(heads.layer))
+        importance = draw.to(heads.query.device)
+    else:
+        logits = heads.query[:, -block:].float() @ heads.keys[:, : whole * segment].float().transpose(1, 2)
+        importance = (logits * heads.scaling).softmax(dim=-1).mean(dim=1)
     if shared:
         groups = count // len(heads.key)
         importance = importance.unflatten(0, (-1, groups)).mean(dim=1).repeat_interleave(groups, dim=0)
@@ -137,14 +147,26 @@ def key_order(heads: Heads, block: int, segment: int, permutation: str, shared: 
     return torch.cat([(inside + starts).flatten(1), plain[:, whole * segment :]], dim=1)
 
 
-def block_scores(heads: Heads, order: Tensor, block: int, segment: int) -> Tensor:
-    """(H, blocks, blocks) float32: each row's softmax over the blocks of earlier segments, zeros without any."""
+def block_scores(
+    heads: Heads, order: Tensor, block: int, segment: int, pools: tuple[str, str] = ("mean", "mean")
+) -> Tensor:
+    """(H, blocks, blocks) float32: each row's softmax over the blocks of earlier segments, zeros without any.
+    ``pools``: of queries and keys; padding counts as zeros for both."""
     padding = -heads.tokens % block
     keys = heads.keys.float().gather(1, order[..., None].expand_as(heads.keys))
-    query, key = pooled(heads.query.float(), block, padding), pooled(keys, block, padding)
+    query, key = (
+        pooled(vectors, block, padding) if how == "mean" else largest(vectors, block, padding)
+        for vectors, how in zip((heads.query.float(), keys), pools, strict=True)
+    )
     logits = query @ key.transpose(1, 2) * heads.scaling
     place = torch.arange(logits.shape[1], device=logits.device) // (segment // block)
     return masked_softmax(logits, place[:, None] > place)
+
+
+def largest(vectors: Tensor, block: int, padding: int) -> Tensor:
+    """The largest entry of each channel in each block, behind ``padding`` zeros: (H, N, d) -> (H, blocks, d)."""
+    blocks: Tensor = F.pad(vectors, (0, 0, 0, padding)).unflatten(1, (-1, block))
+    return blocks.amax(dim=2)
 
 
 def taken(scores: Tensor, threshold: float) -> Tensor:

@@ -53,26 +53,34 @@ def slash_tiles(verticals: Tensor, slashes: Tensor, size: int) -> Tiles:
     the work that is negative where tiles exceed the triangle.
     """
     heads, tokens = verticals.shape
-    ends = (torch.arange(-(-tokens // size), device=verticals.device) + 1) * size  # last positions + 1 of query tiles
-    largest = _largest_below(slashes)
+    tiles = -(-tokens // size)
+    ends = (torch.arange(tiles, device=verticals.device) + 1) * size  # last positions + 1 of query tiles
     ends = ends.expand(heads, -1)
-    stop = torch.zeros_like(ends)  # where the open range ends
-    pieces = []
+    following = _next_left(slashes, size, tiles * size)
+    # distances from where the open range ends to the end of the query tile, plus ``size``: indices of ``following``
+    chain = [ends + size]
     while True:
-        offset = largest.gather(1, (ends - stop).clamp(0, tokens))
-        goes = (offset >= 0) & (ends > stop)
-        if not bool(goes.any()):
+        found = following.gather(1, chain[-1])
+        if torch.equal(found, chain[-1]):
             break
-        reach = (ends - offset).clamp(min=size)
-        opens = (reach > stop + size) | (stop == 0)
-        start = torch.where(opens, reach - size, stop)
-        pieces.append(torch.where(goes, start, -1))
-        stop = torch.where(goes, start + size, stop)
-    covered = _cover(pieces, size, tokens, stop)
+        chain.append(found)
+    left = torch.stack(chain, dim=-1)
+    opened = left[..., 1:] < left[..., :-1]
+    covered = _cover(ends[..., None] - left[..., 1:], opened, size, tokens)
+    stop = ends + size - left[..., -1]
     columns = verticals[:, None] & ~covered & (torch.arange(tokens, device=stop.device) < stop[..., None])
-    count = sum(((piece >= 0).sum(dim=1) for piece in pieces), torch.zeros(heads, device=stop.device))
-    work = (size * size * count + size * columns.sum(dim=(1, 2))).double()
+    work = (size * size * opened.sum(dim=(1, 2)) + size * columns.sum(dim=(1, 2))).double()
     return Tiles(tokens, covered | columns, size, reported=1 - work / (tokens * (tokens + 1) / 2))
+
+
+def _next_left(slashes: Tensor, size: int, most: int) -> Tensor:
+    """(H, size + most + 1), by distance u of the end of the open range to the end of the query tile, plus ``size``:
+    the same after the next range. With o the largest offset < u that one ends at u - o, or ``size`` further if that is
+    less: for every query tile alike. Where there is no such offset, or u <= 0, u itself."""
+    distance = torch.arange(-size, most + 1, device=slashes.device)
+    offset = _largest_below(slashes)[:, distance.clamp(0, slashes.shape[1])]
+    goes = (offset >= 0) & (distance > 0)
+    return torch.where(goes, torch.minimum(offset, distance - size), distance) + size
 
 
 @dataclass
@@ -96,13 +104,11 @@ def _largest_below(present: Tensor) -> Tensor:
     return torch.cat([found.new_full((heads, 1), -1), found], dim=1)
 
 
-def _cover(pieces: list[Tensor], size: int, tokens: int, like: Tensor) -> Tensor:
-    """(H, tiles, N) bool: keys within a piece, each ``size`` keys from its start; starts of -1 are none."""
+def _cover(starts: Tensor, there: Tensor, size: int, tokens: int) -> Tensor:
+    """(H, tiles, N) bool: keys within one of the ranges that are ``there``, each ``size`` keys from its start: both
+    (H, tiles, ranges)."""
     width = tokens + 2 * size + 1  # ranges may reach beyond the last key
-    edges = torch.zeros(*like.shape, width, device=like.device)
-    if pieces:
-        starts = torch.stack(pieces, dim=-1)
-        there = (starts >= 0).float()
-        starts = starts.clamp(min=0, max=width - size - 1)
-        edges.scatter_add_(2, starts, there).scatter_add_(2, starts + size, -there)
-    return edges.cumsum(dim=2)[..., :tokens] > 0.5
+    edges = torch.zeros(*starts.shape[:2], width, dtype=torch.int8, device=starts.device)
+    starts, once = starts.clamp(min=0, max=width - size - 1), there.to(torch.int8)
+    edges.scatter_add_(2, starts, once).scatter_add_(2, starts + size, -once)
+    return edges.cumsum(dim=2, dtype=torch.int8)[..., :tokens] > 0

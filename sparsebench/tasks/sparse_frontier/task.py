@@ -128,6 +128,12 @@ class SparseFrontier(Declared):
             raise UserError(f"task.max_new={self.max_new}: a right answer has {longest} tokens")
         return samples
 
+    def prompts(self, prepared: list[Any]) -> list[int]:
+        """Lengths of what a prefill is of, in tokens."""
+        if self.form == "tinyworld":
+            return TinyworldTask(length=self.length, protocol=self.protocol).prompts({self.name: prepared})
+        return sorted({len(sample.ids) for sample in prepared})
+
     def _queries(self, story: int) -> int:
         return self.num_queries or (story if self.name == "story_retrieval" else 4)
 
@@ -154,7 +160,8 @@ class SparseFrontier(Declared):
         if self.form == "tinyworld":
             inner = TinyworldTask(length=self.length, protocol=self.protocol)
             outcome = inner.evaluate(model, how, {self.name: prepared})
-            return Outcome({"score": outcome.scores["accuracy"]}, outcome.samples, {"length": self.length})
+            rows = [{"sample": row["sample"], "task": row["task"], "score": row["correct"]} for row in outcome.samples]
+            return Outcome({"score": outcome.scores["accuracy"]}, rows, {"length": self.length})
         return self._generate(model, how, prepared)
 
     def _generate(self, model: LoadedModel, how: Evaluation, samples: Sequence[Sample]) -> Outcome:
