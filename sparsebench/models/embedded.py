@@ -22,9 +22,7 @@ HOME = Path(__file__).parent / "weights"
 class Ladder(Declared):
     """The tiny ladder: Llama models of 0.1M to 4M parameters, trained on kjv and tinyworld."""
 
-    rung: str = option(
-        "tiny_1m", "which model of the ladder", choices=("tiny_100k", "tiny_400k", "tiny_1m", "tiny_4m")
-    )
+    rung: str = option("tiny_1m", "which model of the ladder", choices=("tiny_100k", "tiny_400k", "tiny_1m", "tiny_4m"))
     outliers: bool = option(False, "give the model outlier features without changing its function")
     outliers_sigma: float = option(1.0, "spread of the outlier scales: log scale ~ N(0, sigma)", low=0.0, high=4.0)
     device: str = option("auto", "cpu, cuda, cuda:N or mps; auto: cuda where there is one, else cpu")

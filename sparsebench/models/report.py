@@ -71,8 +71,8 @@ def _recipe() -> str:
         "AdamW for the rest, weight decay 0.1, 2% warm-up, the last 40% of the steps decaying linearly to zero, "
         "gradients clipped at 1, "
         "forward in bfloat16 (float32 for tiny_4m). A grown model starts as the same function as the model of half its "
-        "width (`sparsebench/models/growing.py`) and goes on from there: from nothing it had found no retrieval after 500 "
-        "steps. Many questions per training document and long copies are what makes induction "
+        "width (`sparsebench/models/growing.py`) and goes on from there: from nothing it had found no retrieval after "
+        "500 steps. Many questions per training document and long copies are what makes induction "
         "heads appear early."
     )
 
