@@ -146,7 +146,9 @@ def valid_values(key: str) -> st.SearchStrategy[str]:
     return st.just("null") if spec.default is None else st.just(str(spec.default)) if base == "str" else st.just("[a]")
 
 
-KEPT = [key for key in KEYS if key != "task.corpus"]
+KEPT = [
+    key for key in KEYS if key not in ("task.corpus", "save_as", "streamed", "activations")
+]  # these need others with them
 VALID = st.lists(st.sampled_from(KEPT), unique=True, max_size=6).flatmap(
     lambda keys: st.tuples(*(valid_values(key).map(lambda value, key=key: f"{key}={value}") for key in keys))
 )

@@ -21,11 +21,12 @@ def iso_cost(points: DataFrame, crossed: DataFrame, cost: str, label: str) -> Dr
     a band: where two neighbouring sizes change places, with its 95% interval."""
     names = sizes(points, cost)
     drawn, axes = blank(COLUMN, COLUMN * RATIO + 0.55)
+    low, high = _limits(points)
     for at, name in enumerate(names):
         colour = COLOURS[at % len(COLOURS)]
         costs, quality = best(points, name, cost)
         axes.plot(costs, quality, color=colour, label=name)
-        own = points[points["model"] == name]
+        own = points[(points["model"] == name) & points["quality"].between(low, high)]  # others would not be drawn
         for marker, rows in (("s", own[own["method"] == DENSE]), ("o", own[own["method"] != DENSE])):
             marks = [
                 Mark(
@@ -46,16 +47,17 @@ def iso_cost(points: DataFrame, crossed: DataFrame, cost: str, label: str) -> Dr
     logged = (points["metric"] == "perplexity").all()
     axes.set_xlabel(f"{label} (lower is better)")
     axes.set_ylabel("-log perplexity (higher is better)" if logged else f"{points['metric'].iloc[0]} (quality)")
-    low, high = points["quality"].max() - 3 * _span(points), points["quality"].max() + 0.1 * _span(points)
-    axes.set_ylim(max(low, float(points["quality"].min()) - 0.05 * _span(points)), high)
+    axes.set_ylim(low, high)
     drawn.figure.legend(loc="outside lower center", ncols=min(3, len(names)))
     return drawn
 
 
-def _span(points: DataFrame) -> float:
-    """Between the dense models: sparse ones may be broken by any amount."""
-    dense = points.loc[points["method"] == DENSE, "quality"]
-    return float(dense.max() - dense.min()) or abs(float(dense.max())) or 1.0
+def _limits(points: DataFrame) -> tuple[float, float]:
+    """Of the axis of quality: three times what lies between the dense models; sparse ones may be broken by any
+    amount."""
+    dense, best_one = points.loc[points["method"] == DENSE, "quality"], float(points["quality"].max())
+    span = float(dense.max() - dense.min()) or abs(float(dense.max())) or 1.0
+    return max(best_one - 3 * span, float(points["quality"].min()) - 0.05 * span), best_one + 0.1 * span
 
 
 def latency(timed: DataFrame, looks: Mapping[str, Look]) -> Drawn:

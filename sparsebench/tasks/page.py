@@ -32,12 +32,14 @@ class Fillable(Protocol):
 @dataclass
 class Page:
     """``length`` tokens of a tokenizer, to be filled to at least the share ``min_fill``. ``chat``: whether a text is
-    put into the tokenizer's chat template, if it has one."""
+    put into the tokenizer's chat template, if it has one; ``opening``: what the answer is made to begin with, unless
+    the template already does that."""
 
     tokenizer: PreTrainedTokenizerBase
     length: int
     min_fill: float = 0.9
     chat: bool = True
+    opening: str = ""
 
     def __post_init__(self) -> None:
         self._counts: dict[str, int] = {}
@@ -48,9 +50,12 @@ class Page:
         if self.chat and self.tokenizer.chat_template:
             turn = [{"role": "user", "content": text}]
             wrapped = str(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-            return self.plain(wrapped)
+            return self.plain(self._opened(wrapped))
         first = [] if self.tokenizer.bos_token_id is None else [int(self.tokenizer.bos_token_id)]
-        return [*first, *self.plain(text)]
+        return [*first, *self.plain(self._opened(text))]
+
+    def _opened(self, text: str) -> str:
+        return text if text.rstrip().endswith(self.opening.strip()) else text + self.opening
 
     def plain(self, text: str) -> list[int]:
         """The ids of a piece of text alone."""

@@ -13,6 +13,7 @@ from sparsebench.analysis.expressions import (
     KNEES,
     MAX_DEPTH,
     MAX_LENGTH,
+    TOKENS,
     Call,
     Expression,
     Number,
@@ -55,7 +56,7 @@ def test_quoted_words_stay_texts() -> None:
 
 def test_all_kinds() -> None:
     kinds = ["score", "nll", "acc", "achieved", "drop", "cost.flops", "cost.bytes", "cost.ms"]
-    kinds += [f"knee.{rule}" for rule in KNEES]
+    kinds += [*(f"tokens.{mean}" for mean in TOKENS), *(f"knee.{rule}" for rule in KNEES)]
     text = " + ".join(f"{kind}(method=m)" for kind in kinds) + " + fit.chinchilla.alpha"
     found = parse(text, WHERE)
     assert [call.kind for call in found.calls()] == kinds

@@ -222,7 +222,9 @@ CURVE = dict(
 )
 
 
-@pytest.mark.parametrize(("rule", "knee"), [("tolerance", 0.4), ("breakpoint", 0.5), ("hinge", 0.532), ("chord", 0.5)])
+@pytest.mark.parametrize(
+    ("rule", "knee"), [("tolerance", 0.4), ("breakpoint", 0.5), ("hinge", 0.532), ("chord", 0.5), ("collapse", 0.9)]
+)
 def test_knees(rule: str, knee: float) -> None:
     found = levels(CURVE).verdict(claim(f"knee.{rule}(method=wanda)", ">", 0.0))
     assert found.estimate == pytest.approx(knee)
@@ -234,6 +236,38 @@ def test_a_knee_is_tested() -> None:
     assert lab.verdict(claim("knee.hinge(method=wanda)", ">", 0.7)).verdict == NOT_REPRODUCED
     few = levels({0.0: 0.8, 0.5: 0.7})
     assert "runs at 1 sparsities, a knee needs 3" in few.verdict(claim("knee.hinge(method=wanda)", ">", 0.4)).why
+
+
+def test_a_collapse_that_never_comes_lies_beyond_the_last_level() -> None:
+    lab = levels({0.0: 0.8, 0.25: 0.7, 0.5: 0.6, 0.75: 0.5})
+    assert lab.verdict(claim("knee.collapse(method=wanda)", ">", 0.75)).estimate == pytest.approx(0.25)
+    perplexities = Lab()
+    for level in (0.0, 0.25, 0.5, 0.75):
+        perplexities.add(
+            "wanda" if level else "dense", nll_of_wanda() + level, **({"sparsity": level} if level else {})
+        )
+    found = perplexities.verdict(claim("knee.collapse(method=wanda)", ">", 0.5))
+    assert found.verdict == UNTESTED and "better when lower" in found.why
+
+
+def test_tokens_of_right_and_of_wrong_answers() -> None:
+    """60 answers: every third one is wrong, and wrong ones are 5 tokens longer."""
+    lab = Lab()
+    correct = (numpy.arange(60) % 3 > 0).astype(float)
+    tokens = 20 + numpy.arange(60) % 4 + 5 * (1 - correct)
+    run_id = lab.add("wanda", correct, "reasoning")
+    for row, count in zip(lab.samples[run_id], tokens.tolist(), strict=True):
+        row["tokens"] = count
+    right, wrong = tokens[correct > 0].mean(), tokens[correct == 0].mean()
+    lab.records[run_id] |= {"tokens": tokens.mean(), "tokens_correct": right, "tokens_wrong": wrong}
+    longer = claim("tokens.wrong(method=wanda)", ">", "tokens.correct(method=wanda)")
+    found = lab.verdict(longer)
+    assert found.verdict == REPRODUCED and found.estimate == pytest.approx(wrong - right)
+    assert lab.verdict(claim("tokens.mean(method=wanda)", ">", 30)).verdict == NOT_REPRODUCED
+    exact = lab.verdict(replace(longer, unit="none"))
+    assert exact.estimate == pytest.approx(wrong - right)
+    del lab.records[run_id]["tokens"]
+    assert "counts no tokens" in lab.verdict(longer).why
 
 
 def per_level(effects: Mapping[float, float]) -> Lab:

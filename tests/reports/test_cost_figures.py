@@ -111,6 +111,10 @@ def test_figures_of_costs_name_every_point() -> None:
     said = tips(cost_figures.iso_cost(points, crossings.crossings(points, "cost", {}), "cost", "FLOPs"))
     assert len(said) == len(points)
     assert "pruner at 0.500 of large: 0.5903 at 12" in said
+    broken = pandas.concat([points, points.iloc[[0]].assign(quality=-40.0, run_ids=[["b"]])], ignore_index=True)
+    assert len(tips(cost_figures.iso_cost(broken, crossings.crossings(points, "cost", {}), "cost", "FLOPs"))) == len(
+        points
+    )
     said = tips(cost_figures.latency(crossings.speed(timed_runs()), style.looks(["pruner"], [])))
     assert said[-1] == "pruner at 0.750: 5 ms, dense 10 ms, 2.83x (bound 4.00x)"
     errors = [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from commands import Command
 
-from sparsebench.bench import results as bench
+from sparsebench.bench import synthetic
 from sparsebench.errors import UserError
 from sparsebench.results import query, view
 from sparsebench.results.store import Store
@@ -109,7 +109,7 @@ def test_unknown_columns_and_empty_stores_are_mistakes(tmp_path: Path) -> None:
 
 
 def test_the_verb(command: Command, tmp_path: Path) -> None:
-    bench.write(tmp_path / "big", 2000)
+    synthetic.records(tmp_path / "big", 2000)
     words = [f"store={tmp_path / 'big'}"]
     answer = command("results", "compact", *words)
     assert answer.code == 0 and answer.out.startswith("2000 records in ")

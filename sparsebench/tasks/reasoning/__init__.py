@@ -1,0 +1,1 @@
+"""Reasoning with written thoughts: answers, and the tokens that are spent on them."""
