@@ -50,11 +50,14 @@ def _fronts(cost: Array, qualities: Array) -> NDArray[np.bool_]:
     """(resamples, points)."""
     if cost.ndim != 1 or qualities.shape[1:] != cost.shape or not np.all(np.isfinite(cost)):
         raise ValueError(f"one finite cost a point is needed, not {cost.shape} for qualities {qualities.shape}")
-    kept = np.ones(qualities.shape, dtype=bool)
-    for at, own in enumerate(cost):
-        better = (cost <= own) & (qualities >= qualities[:, at : at + 1])
-        strictly = (cost < own) | (qualities > qualities[:, at : at + 1])
-        kept[:, at] = ~(better & strictly).any(axis=1)
+    order = np.argsort(cost, kind="stable")
+    _, starts, group = np.unique(cost[order], return_index=True, return_inverse=True)
+    own = qualities[:, order]
+    best = np.fmax.reduceat(own, starts, axis=1)  # at each cost
+    cheaper = np.full_like(best, np.nan)  # nothing is cheaper than the cheapest
+    cheaper[:, 1:] = np.fmax.accumulate(best, axis=1)[:, :-1]
+    kept = np.empty(qualities.shape, dtype=bool)
+    kept[:, order] = ((own == best[:, group]) & ~(own <= cheaper[:, group])) | np.isnan(own)
     return kept
 
 

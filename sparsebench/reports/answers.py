@@ -1,7 +1,7 @@
 """Test-time compute of a sweep: how long answers are at every level, right and wrong ones, and where tasks collapse.
 
-For runs whose samples say what was truncated (``tasks/reasoning``); a task with several kinds of questions is shown kind
-by kind.
+For runs whose samples say what was truncated (``tasks/reasoning``); a task with several kinds of questions is shown
+kind by kind.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ _CURVE = ["model", "task", "kind", "method"]
 
 def levels(sweep: SweepData, counted: DataFrame) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Every level and kind of question with the rows of its answers, over all seeds. ``counted``: runs that count."""
+    written = {run_id for run_id in counted["run_id"] if "truncated" in next(iter(sweep.samples[run_id]), ())}
+    counted = counted[counted["run_id"].isin(written)]
     found = []
     for key, level in counted.groupby(LEVEL, dropna=False, sort=False):
-        rows = [row for run_id in level["run_id"] for row in sweep.samples[run_id] if "truncated" in row]
+        rows = [row for run_id in level["run_id"] for row in sweep.samples[run_id]]
         named = dict(zip(("model", "task", "method", "requested"), key, strict=True))
         named["achieved"] = float(level["achieved"].mean())
         for kind in dict.fromkeys(row["task"] for row in rows):

@@ -22,7 +22,7 @@ from sparsebench.reports.data import DENSE, LEVEL, SweepData
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-_LARGEST = 400  # points of a frontier that are resampled; clearly dominated ones are not
+_LARGEST = 4_000_000  # points x resamples
 _RESAMPLES = 2000
 _TARGETS = 12  # sparsities of a table of methods
 _SAME = 0.005  # achieved sparsities that count as the same (fairness.Policy)
@@ -326,7 +326,7 @@ def front(points: DataFrame, cost: str, groups: Mapping[tuple[str, str], Paired]
     found["front"] = frontiers.front(costs, quality)
     found["share"] = 0.0
     kept = _not_clearly_dominated(costs, quality, np.nan_to_num(found["se"].to_numpy(float)))
-    resamples = _RESAMPLES if kept.sum() <= _LARGEST else max(200, int(_RESAMPLES * (_LARGEST / kept.sum()) ** 2))
+    resamples = min(_RESAMPLES, max(200, _LARGEST // max(1, int(kept.sum()))))
     chosen = found[kept]
     rows = [row_of(groups, row) for row in chosen[["model", "task", "run_ids"]].to_dict("records")]
     if all(row is not None for row in rows) and len({len(row) for row in rows if row is not None}) == 1:
