@@ -99,7 +99,8 @@ def errors(used: DataFrame, groups: Mapping[tuple[str, str], Paired]) -> DataFra
     from pandas import DataFrame
 
     rows = []
-    for key, level in used.groupby(LEVEL, dropna=False, sort=False):
+    needed = used[[*LEVEL, "run_id", "quality", "quality_se"]]  # cutting a wide table into levels takes long
+    for key, level in needed.groupby(LEVEL, dropna=False, sort=False):
         own = groups.get((key[0], key[1]), Paired())
         values = own.matrix(level["run_id"].tolist())
         if values is not None:
@@ -211,7 +212,8 @@ def safe(used: DataFrame, groups: Mapping[tuple[str, str], Paired], margin: floa
     from pandas import DataFrame
 
     rows: list[dict[str, Any]] = []
-    for (model, task), here in used.groupby(["model_label", "task_label"], sort=False):
+    needed = used[[*LEVEL, "run_id", "achieved"]]
+    for (model, task), here in needed.groupby(["model_label", "task_label"], sort=False):
         own = groups.get((str(model), str(task)), Paired())
         dense = own.matrix(here.loc[here["method_label"] == DENSE, "run_id"].tolist()[:1])
         for method, level_rows in here[here["method_label"] != DENSE].groupby("method_label", sort=False):

@@ -188,6 +188,20 @@ def test_what_is_not_on_the_front_is_dominated_by_it(points: list[tuple[int, int
         assert any(cost[i] <= cost[at] and quality[i] >= quality[at] for i in np.flatnonzero(on))
 
 
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(0, 4), min_size=3, max_size=3)), min_size=1, max_size=9)
+)
+def test_shares_are_those_of_each_resample_alone(points: list[tuple[int, list[int]]]) -> None:
+    cost = np.array([one for one, _ in points], dtype=float)
+    draws = np.array([values for _, values in points], dtype=float).T
+    alone = [frontiers.front(cost, draw) for draw in draws]
+    assert frontiers.front_shares(cost, draws).tolist() == np.mean(alone, axis=0).tolist()
+    for draw, found in zip(draws, alone, strict=True):
+        for at, own in enumerate(zip(cost, draw, strict=True)):
+            others = [(c, q) for c, q in zip(cost, draw, strict=True) if c <= own[0] and q >= own[1] and (c, q) != own]
+            assert found[at] == (not others), "on the front is what nothing dominates"
+
+
 def test_shared_samples_keep_their_pairing() -> None:
     """A point that is better by one sample in ten is better in almost every resample."""
     outcomes = np.zeros((2, 100))
