@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -69,7 +69,9 @@ def sentences(text: str) -> tuple[list[str], list[tuple[str, str]]]:
         found = re.fullmatch(pattern[re.split(r"\W", one.strip())[0]], one.strip())
         assert found, one
         questions.append((found[1], found[2]))
-    return [sentence.strip() for sentence in context.split(".") if sentence.strip()], questions
+    # one token of filler is a word without a full stop: it stands before the next sentence
+    facts = [sentence.strip().removeprefix("Selah ") for sentence in context.split(".") if sentence.strip()]
+    return facts, questions
 
 
 def solve(asked: str, facts: list[str]) -> str:
@@ -295,6 +297,7 @@ def test_answers_are_spread_over_the_words() -> None:
 
 
 @settings(max_examples=150, deadline=None)
+@example(task="copy", length=64, seed=2, queries=1, keys=0, hops=1, items=27)  # one token of filler
 @given(
     task=st.sampled_from(list(tinyworld.TASKS)),
     length=st.integers(tinyworld.MIN_LENGTH, 1500),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def written(folder: Path) -> Iterator[Any]:
             at += BLOCK - at % BLOCK
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + HEAD])
+        if at + HEAD + length > len(data):  # still being written
+            return
         pieces += data[at + HEAD : at + HEAD + length]
         at += HEAD + length
         if kind in (1, 4):  # whole, or the last piece
@@ -41,9 +44,14 @@ def written(folder: Path) -> Iterator[Any]:
 
 
 def mirrored(folder: Path) -> dict[str, Any]:
-    """Configuration, summary, curve, id and group of one offline run."""
+    """Configuration, summary, curve, id and group of one offline run, which the service may still be writing."""
     found: dict[str, Any] = {"summary": {}, "curve": []}
-    for record in written(folder):
+    for _ in range(100):
+        records = list(written(folder))
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            break
+        time.sleep(0.2)
+    for record in records:
         kind = record.WhichOneof("record_type")
         if kind == "run":
             found |= {"id": record.run.run_id, "group": record.run.run_group, "tags": list(record.run.tags)}
