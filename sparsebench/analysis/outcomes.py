@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 
 from sparsebench.analysis.statistics import Array, Indices, Population, mean
-from sparsebench.results.record import decode
+from sparsebench.results.record import decode, leading_run_id
 from sparsebench.results.store import Store, no_garbage_collection
 
 Row = Mapping[str, Any]
@@ -36,7 +36,7 @@ def read(store: Store, kind: str, attempts: Mapping[str, int]) -> dict[str, list
     with no_garbage_collection():
         for path in sorted((store.folder / kind).glob("*.jsonl")) if attempts else ():
             with open(path, "rb") as file:
-                wanted = (line for line in file if _run_id(line) in found and line.endswith(b"\n"))
+                wanted = (line for line in file if leading_run_id(line) in found and line.endswith(b"\n"))
                 for row in decode(wanted):
                     if row and attempts.get(row["run_id"]) == row.get("attempt"):
                         run_id = row["run_id"]
@@ -46,12 +46,6 @@ def read(store: Store, kind: str, attempts: Mapping[str, int]) -> dict[str, list
     for run_id in doubled:  # two processes made the same attempt: the store knows whose counts
         found[run_id] = store.details(kind, run_id, attempts[run_id])
     return found
-
-
-def _run_id(line: bytes) -> str:
-    """The run id of a detail line, whose first key it is; a cheap look before a line is parsed."""
-    parts = line[:80].split(b'"', 4)
-    return parts[3].decode("ascii", "replace") if len(parts) == 5 else ""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from sparsebench.sweep import plan, spec
 METHODS, LEVELS, SHARDS = 20, 50, 16
 SWEEP = "synthetic"
 _PRUNERS = ("magnitude", "wanda", "sparsegpt", "essential_sparsity", "random")
+_SEEDS, _RANDOM = 5, 4  # seeds of a level, and how many of the pruners use one
 _MODELS = ("tiny_100k", "tiny_400k", "tiny_1m")
 _WINDOWS, _LAYERS = 16, 8  # samples and layers of a run
 
@@ -32,7 +33,8 @@ def records(store: Path, count: int) -> int:
 def sweep(store: Path, config: Path, runs: int) -> int:
     """A planned sweep of about ``runs`` runs that are all done, with samples and layers, added to ``store``; its file
     lies under ``config``. Returns how many runs it has."""
-    levels = max(1, math.ceil(runs / (2 * len(_MODELS) * len(_PRUNERS))))
+    each = len(_PRUNERS) + (_SEEDS - 1) * _RANDOM
+    levels = max(1, math.ceil(runs / (2 * len(_MODELS) * each)))
     grid = {
         "model": [*_MODELS],
         "model.outliers": [False, True],
@@ -41,7 +43,8 @@ def sweep(store: Path, config: Path, runs: int) -> int:
         "task": ["perplexity"],
     }
     (config / "sweeps").mkdir(parents=True)
-    text = json.dumps({"summary": "A synthetic sweep", "grid": grid, "baselines": ["dense"], "seeds": [0]})
+    seeds = [*range(_SEEDS)]
+    text = json.dumps({"summary": "A synthetic sweep", "grid": grid, "baselines": ["dense"], "seeds": seeds})
     (config / "sweeps" / f"{SWEEP}.yaml").write_text(text, encoding="utf-8")
     workspace = Workspace(config)
     made = plan.make(workspace, spec.load(workspace, SWEEP))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsebench.errors import UserError
 from sparsebench.results import view
-from sparsebench.results.record import COLUMNS, SCORES, decode_records, rank
+from sparsebench.results.record import COLUMNS, SCORES, decode_records, leading_run_id, rank
 from sparsebench.results.store import Store, no_garbage_collection
 
 if TYPE_CHECKING:
@@ -49,13 +49,19 @@ def records(store: Store, filters: Mapping[str, str]) -> Found:
     """The records that meet every filter (as ``view.select``); memory grows with them, not with the store.
 
     UserError for a column that nothing has, or a store that cannot be read."""
+    return _read(store, filters, None)
+
+
+def _read(store: Store, filters: Mapping[str, str], wanted: Container[str] | None) -> Found:
+    """As ``records``; of the shards' lines only those of the runs ``wanted``, if given, are parsed and kept."""
     found, best = Found(), dict[str, dict[str, Any]]()
     with no_garbage_collection():
         covered = _covered(store.folder, filters, best)
         needles = _needles(filters)
         for shard in store.shards():
             for lines in _blocks(shard, covered.get(shard.name, 0), needles, found):
-                for line in decode_records(lines):
+                chosen = lines if wanted is None else [line for line in lines if _may_be(line, wanted)]
+                for line in decode_records(chosen):
                     if line is None:
                         found.torn += 1
                     else:
@@ -79,9 +85,14 @@ def planned(store: Store, points: Mapping[str, Mapping[str, Any]]) -> Found:
         values = {str(point.get(column, ",")) for point in points.values()}
         if not any("," in value for value in values):  # a filter's values are joined by commas
             filters[column] = ",".join(sorted(values))
-    found = records(store, filters) if points else Found()
+    found = _read(store, filters, points) if points else Found()
     known = {one["run_id"]: one for one in found.records}
     return Found([known[run_id] for run_id in points if run_id in known], found.torn)
+
+
+def _may_be(line: bytes, wanted: Container[str]) -> bool:
+    run_id = leading_run_id(line)
+    return not run_id or run_id in wanted
 
 
 def _needles(filters: Mapping[str, str]) -> list[bytes]:

@@ -137,6 +137,12 @@ def encode(row: Mapping[str, Any], *, flat: bool = True) -> bytes:
     return json.dumps(cells, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
+def leading_run_id(line: bytes) -> str:
+    """The run id of a stored line, whose first key it is, without parsing the line; empty when it is not first."""
+    parts = line[:80].split(b'"', 4)
+    return parts[3].decode("ascii", "replace") if len(parts) == 5 and parts[1] == b"run_id" else ""
+
+
 def decode(lines: Iterable[bytes]) -> Iterator[dict[str, Any] | None]:
     """The JSON object on each line (with its newline), None where a line is not one.
 
