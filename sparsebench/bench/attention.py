@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsebench.bench.base import Report, Say
+from sparsebench.bench.base import Report, Say, threads
 from sparsebench.costs.paired import NOTE, Call, Measured, columns
 from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
@@ -46,18 +46,13 @@ def run(options: Options, say: Say) -> Report:
     if options.heads % options.kv_heads:
         raise UserError(f"heads={options.heads}: must be a multiple of kv_heads={options.kv_heads}")
     place = Place.named(options.device)
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
-    try:
-        with torch.inference_mode():
-            for phase in options.phases:
-                for length in options.lengths:
-                    say(f"{phase}, {length} tokens")
-                    torch.manual_seed(options.seed)
-                    rows += (_prefill if phase == "prefill" else _decode)(options, length, place)
-    finally:
-        torch.set_num_threads(before)
+    with threads(options.threads), torch.inference_mode():
+        for phase in options.phases:
+            for length in options.lengths:
+                say(f"{phase}, {length} tokens")
+                torch.manual_seed(options.seed)
+                rows += (_prefill if phase == "prefill" else _decode)(options, length, place)
     facts = {
         "kernels": build.status(options.device), "processor": place.name, "threads": options.threads,
         "dtype": "bfloat16", "dim": options.dim,

@@ -1,8 +1,9 @@
-"""What every benchmark hands back."""
+"""What every benchmark hands back, and how it is given its threads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,3 +18,16 @@ class Report:
     rows: list[dict[str, Any]]
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Inside, torch and the kernels run on ``count`` CPU threads; afterwards on as many as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

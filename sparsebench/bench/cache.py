@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsebench.bench.base import Report, Say
+from sparsebench.bench.base import Report, Say, threads
 from sparsebench.costs.paired import NOTE, Call, columns
 from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
@@ -101,16 +101,11 @@ def run(options: Options, say: Say) -> Report:
     if wrong:
         raise UserError(f"lengths={wrong[0]}: must be a multiple of page_size={options.page_size}")
     place = Place.named(options.device)
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
-    try:
-        with torch.inference_mode():
-            for length in options.lengths:
-                say(f"{length} tokens")
-                rows += _rows(options, length, place)
-    finally:
-        torch.set_num_threads(before)
+    with threads(options.threads), torch.inference_mode():
+        for length in options.lengths:
+            say(f"{length} tokens")
+            rows += _rows(options, length, place)
     facts = {
         "kernels": build.status(options.device), "processor": place.name, "threads": options.threads,
         "dtype": "bfloat16", "heads": f"{options.heads}/{options.kv_heads}", "dim": options.dim,

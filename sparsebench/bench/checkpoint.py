@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sparsebench.bench.base import Report, Say
+from sparsebench.bench.base import Report, Say, threads
 from sparsebench.bench.decode import decoding
 from sparsebench.costs.paired import NOTE, columns, measure
 from sparsebench.declare import Declared, option
@@ -39,13 +39,8 @@ def run(options: Options, say: Say) -> Report:
     """One row for each of the two. UserError when the folder is not a compressed model, or damaged."""
     if not options.folder:
         raise UserError("folder=: needed; a compressed model folder")
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
-        with torch.inference_mode():
-            return _report(Path(options.folder).expanduser(), options, say)
-    finally:
-        torch.set_num_threads(before)
+    with threads(options.threads), torch.inference_mode():
+        return _report(Path(options.folder).expanduser(), options, say)
 
 
 def _report(folder: Path, options: Options, say: Say) -> Report:

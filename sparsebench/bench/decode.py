@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from sparsebench.bench.base import Report, Say
+from sparsebench.bench.base import Report, Say, threads
 from sparsebench.costs.paired import NOTE, Call, columns, measure
 from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
@@ -82,13 +82,8 @@ def run(options: Options, say: Say) -> Report:
     """One row per variant."""
     if options.hidden % HEAD_DIM:
         raise UserError(f"hidden={options.hidden}: must be a multiple of {HEAD_DIM}")
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
-        with torch.inference_mode():
-            return _report(options, say)
-    finally:
-        torch.set_num_threads(before)
+    with threads(options.threads), torch.inference_mode():
+        return _report(options, say)
 
 
 def _report(options: Options, say: Say) -> Report:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsebench.bench.base import Report, Say
+from sparsebench.bench.base import Report, Say, threads
 from sparsebench.costs.paired import NOTE, Call, Measured, columns
 from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
@@ -69,22 +69,18 @@ def run(options: Options, say: Say) -> Report:
         raise UserError(f"isa={options.isa}: instruction sets are the CPU's; with device=cuda leave it at auto")
     if options.device == "cuda" and "w4" in options.formats:
         raise UserError("formats=w4: there is no GPU kernel for 4-bit groups; with device=cuda leave it out")
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
-        with build.using(build.best_isa() if options.isa == "auto" else options.isa), torch.inference_mode():
-            rows = [row for shape in shapes for row in _measured(options, shape, place, say)]
-            facts = {
-                "kernels": build.status(options.device),
-                "processor": place.name,
-                "threads": options.threads,
-                "dtype": options.dtype,
-                "batch": options.batch,
-                "torch": torch.__version__,
-                "rounds": options.repeats,
-            }
-    finally:
-        torch.set_num_threads(before)
+    isa = build.best_isa() if options.isa == "auto" else options.isa
+    with threads(options.threads), build.using(isa), torch.inference_mode():
+        rows = [row for shape in shapes for row in _measured(options, shape, place, say)]
+        facts = {
+            "kernels": build.status(options.device),
+            "processor": place.name,
+            "threads": options.threads,
+            "dtype": options.dtype,
+            "batch": options.batch,
+            "torch": torch.__version__,
+            "rounds": options.repeats,
+        }
     notes = [
         "vs_torch, vs_own: base time / kernel time, median over pairs; own: a dense kernel at memory speed.",
         "bound: dense bytes / bytes read; of_bound: vs_own / bound; of_read: bytes per second / those of a plain read.",

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from sparsebench.bench import naive, peaks
-from sparsebench.bench.base import Report, Say
+from sparsebench.bench.base import Report, Say, threads
 from sparsebench.bench.naive import Level
 from sparsebench.costs.paired import Call, Measured
 from sparsebench.costs.paired import columns as ratio_columns
@@ -127,9 +127,7 @@ def cases(options: Options) -> list[Case]:
 
 
 def _speed(options: Options, say: Say) -> list[dict[str, Any]]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
+    with threads(options.threads):
         torch.manual_seed(options.seed)
         config = peaks.shape(options.width, options.mlp, options.blocks, options.tokens)
         model = LlamaForCausalLM(config).eval()
@@ -140,8 +138,6 @@ def _speed(options: Options, say: Say) -> list[dict[str, Any]]:
             say(case.name)
             rows.append(_row(case, subject, options.repeats))
         return rows
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
