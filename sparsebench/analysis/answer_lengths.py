@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Array = NDArray[np.float64]
+from sparsebench.analysis.statistics import Array
 
 SHARE = 0.5  # of the dense score, below which a task has collapsed (ours; the paper reads thresholds off its tables)
 BINS = 5

@@ -93,14 +93,13 @@ def crossovers(small: Sequence[Line], large: Sequence[Line]) -> list[float]:
 
 
 def crossover_interval(
-    small: tuple[ArrayLike, ArrayLike], large: tuple[ArrayLike, ArrayLike], *, level: float = 0.95
+    draws: Sequence[tuple[Sequence[Line], Sequence[Line]]], *, level: float = 0.95
 ) -> tuple[float, float, float]:
     """(low, high, share): the percentile interval of the first crossover, and the share of resamples that have one.
 
-    Each side: (points,) costs of one curve and (resamples, points) qualities, the same resamples on both sides.
+    ``draws``: of every resample the curves of the small and of the large size, as ``crossovers`` takes them.
     """
-    draws = zip(np.asarray(small[1], dtype=np.float64), np.asarray(large[1], dtype=np.float64), strict=True)
-    found = [crossovers([(small[0], a)], [(large[0], b)]) for a, b in draws]
+    found = [crossovers(small, large) for small, large in draws]
     first = [one[0] for one in found if one]
     if not first:
         return math.nan, math.nan, 0.0

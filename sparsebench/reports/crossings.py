@@ -37,10 +37,9 @@ def crossings(points: DataFrame, cost: str, groups: Mapping[tuple[str, str], Pai
         lines = {name: _lines(pair, name, cost) for name in (small, large)}
         values = pair["quality"].to_numpy(float)
         found = frontiers.crossovers(_at(lines[small], values), _at(lines[large], values))
-        again = [frontiers.crossovers(_at(lines[small], one), _at(lines[large], one)) for one in draws]
-        firsts = [one[0] for one in again if one]
-        low, high = np.percentile(firsts, [2.5, 97.5]) if firsts else (np.nan, np.nan)
-        share = len(firsts) / len(draws)
+        low, high, share = frontiers.crossover_interval(
+            [(_at(lines[small], one), _at(lines[large], one)) for one in draws]
+        )
         rows += [
             {"model": small, "larger": large, "cost": one, "low": low, "high": high, "share": share}
             for one in found or [np.nan]

@@ -217,7 +217,8 @@ def test_sizes_change_places_where_their_lines_cross() -> None:
     assert np.isnan(frontiers.best_at([small], [0.5, 200])).all()
     assert frontiers.crossovers([([1, 2], [0, 1])], [([3, 4], [0, 1])]) == []
     noise = np.random.default_rng(0).normal(0, 0.01, (100, 3))
-    low, high, share = frontiers.crossover_interval((small[0], small[1] + noise), (large[0], large[1] - noise))
+    draws = [([(small[0], small[1] + one)], [(large[0], large[1] - one)]) for one in noise]
+    low, high, share = frontiers.crossover_interval(draws)
     assert low < at < high and share >= 0.9
 
 
