@@ -69,6 +69,7 @@ COLUMNS: dict[str, str] = {
     "achieved_activations": "the same over activations",
     "achieved_attention": "the same over the query-key pairs of the prefill",
     "achieved_kv_cache": "the same over the key/value cache",
+    "statistics": "dense when all calibration statistics were taken of the dense model (sequential=none); else empty",
     "audits_failed": "names of the audits that failed, joined by '; '",
     "warnings": "what the user should know about the numbers, joined by '; '",
     "error": "last line of the error of a failed run; the traceback lies in errors/",

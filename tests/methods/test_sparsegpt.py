@@ -18,6 +18,7 @@ from sparsebench.methods.weights.sparsegpt import Grid, SparseGPT
 from sparsebench.methods.weights.statistics import InputNorm
 from sparsebench.methods.weights.wanda import Wanda
 
+TOGETHER = [(0, 5, 1.0), (1, 3, 100.0), (2, 8, 0.01)]  # layers that share their inputs: seed, rows, scale
 LEVELS = [{"sparsity": 0.3}, {"sparsity": 0.6}, {"pattern": "2:4"}, {"pattern": "1:4"}]
 
 
@@ -401,3 +402,24 @@ def test_layers_with_one_input_share_one_factor(make, monkeypatch):
     monkeypatch.setattr(torch, "cholesky_inverse", lambda lower: made.append(lower) or cholesky(lower))
     prune(make(), SparseGPT(sparsity=0.5))
     assert len(made) == 3 * 4  # q, k and v share one; gate and up share one
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=str)
+@pytest.mark.parametrize("wbits", [16, 3])
+def test_layers_solved_together_are_layers_solved_alone(level, wbits):
+    """Each keeps its own threshold and level, also a level of 0, whatever its neighbours are."""
+    inputs = random_layer(3, 4, 40)[1]
+    inputs[:, 7] = 0
+    statistic = gathered(inputs)
+    method = SparseGPT(**level, wbits=wbits, blocksize=16)
+    layers = [layer_of(random_layer(seed, rows, 40)[0] * scale, statistic) for seed, rows, scale in TOGETHER]
+    for layer, name, its in zip(layers, "qkv", (None, 0.0, 0.75), strict=True):
+        layer.name, layer.level = name, None if method.n_of_m else its
+    found = method.solve_together(layers)
+    together = [(list(layer.warnings), layer.surplus) for layer in layers]
+    for layer, (mask, weight), told in zip(layers, found, together, strict=True):
+        layer.warnings.clear()
+        alone, alone_weight = method.solve(layer)
+        assert torch.equal(mask, alone)
+        torch.testing.assert_close(weight, alone_weight, rtol=1e-4, atol=1e-5)
+        assert told == (layer.warnings, layer.surplus)

@@ -142,6 +142,11 @@ class WeightMethod(Declared):
         """The layer's mask and its weight (out, in); methods that update what they keep override this."""
         return self.select(layer), layer.weight
 
+    def solve_together(self, layers: Sequence[Layer]) -> list[tuple[Tensor, Tensor]]:
+        """``solve`` for layers with the same inputs and one statistic (q, k and v; gate and up); methods that save by
+        doing them at once override this. Never changes ``layer.weight``."""
+        return [self.solve(layer) for layer in layers]
+
     def refine(self, layer: Layer, mask: Tensor) -> Tensor:
         """Stage refine: another mask for the layer; kept entries have their dense values (``layer.dense``)."""
         return mask

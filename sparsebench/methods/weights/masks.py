@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_PAIRS = 8  # groups of up to this many entries are ranked pair by pair,
+_PAIRS = 8  # groups of up to this many entries are ranked by comparing pairs,
 _MANY = 1024  # if there are at least so many of them: else calls cost more than sorts
 
 
@@ -77,15 +77,15 @@ def keep_largest(scores: Sequence[Tensor], n: int) -> Sequence[Tensor]:
         whole = torch.stack(list(scores))
         order = torch.sort(whole, dim=0, stable=True).indices[: m - n]
         return torch.ones_like(whole, dtype=torch.bool).scatter_(0, order, False).unbind(0)
-    # a few comparisons of pairs are faster than many sorts of a few entries
-    rank = [torch.zeros_like(score, dtype=torch.uint8) for score in scores]
-    for later in range(m):
-        wild = scores[later].isnan()  # the largest of all for a sort
-        for earlier in range(later):
-            before = ((scores[earlier] <= scores[later]) | wild).view(torch.uint8)
-            rank[later] += before
-            rank[earlier] += 1 - before
-    return [place >= m - n for place in rank]
+    # comparing each with those behind it is faster than many sorts of a few entries
+    whole = torch.stack(list(scores)).view(m, -1)
+    wild = whole.isnan()  # the largest of all for a sort
+    rank = torch.arange(m - 1, -1, -1, dtype=torch.int8, device=whole.device)[:, None].repeat(1, whole.shape[1])
+    for first in range(m - 1):
+        before = ((whole[first] <= whole[first + 1 :]) | wild[first + 1 :]).view(torch.int8)
+        rank[first + 1 :] += before
+        rank[first] -= before.sum(0, dtype=torch.int8)
+    return (rank >= m - n).view(m, *scores[0].shape).unbind(0)
 
 
 def keep_global(scores: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:

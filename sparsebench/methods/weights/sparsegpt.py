@@ -10,8 +10,8 @@ already updated weights - per block of ``blocksize`` columns when unstructured (
 so slightly above the asked level), every m columns when n:m - and the error of each column is pushed
 into the columns to its right. With ``wbits`` below 16 the kept weights are rounded to a per-row grid in
 the same sweep. Sparsity counts zeros over the linear layers of the decoder blocks. The released code
-(IST-DASLab/sparsegpt) is followed, except that within a column block the update is applied in strips
-of 16 columns: the same numbers up to rounding, in matrix products.
+(IST-DASLab/sparsegpt) is followed, except that within a column block updates are gathered into matrix
+products, and layers with the same inputs pass through one sweep: the same numbers up to rounding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from sparsebench.methods.weights.hessian import Hessian
 from sparsebench.methods.weights.masks import keep_largest, value_at
 from sparsebench.methods.weights.statistics import Statistic
 
-_STRIP = 16  # columns updated one by one before the rest of the block is updated in one product
+_STRIP = 32  # columns after which the rest of the block is brought up to date
+_GROUP = 4  # columns that are brought up to date together, when unstructured
 
 
 @method(
@@ -88,24 +89,36 @@ class SparseGPT(Pruner):
         return weight**2 / hessian.factor(self.percdamp).diag() ** 2
 
     def solve(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        level = self.level_of(layer)
-        if level == 0 and self.wbits == 16:
-            return torch.ones_like(layer.weight, dtype=torch.bool), layer.weight
-        hessian: Hessian = layer.statistic
-        factor = hessian.factor(self.percdamp)
+        return self.solve_together([layer])[0]
+
+    def solve_together(self, layers: Sequence[Layer]) -> list[tuple[Tensor, Tensor]]:
+        """One pass over the columns for all of them; what is chosen, and by what threshold, stays each layer's own."""
+        level = {layer.name: self.level_of(layer) for layer in layers}
+        at_work = [layer for layer in layers if level[layer.name] or self.wbits < 16]
+        found = {layer.name: (torch.ones_like(layer.weight, dtype=torch.bool), layer.weight) for layer in layers}
+        if at_work:
+            hessian: Hessian = at_work[0].statistic
+            factor = hessian.factor(self.percdamp)
+            dense = [layer.weight.float() for layer in at_work]
+            grid = Grid.of(torch.cat(dense), self.wbits) if self.wbits < 16 else None
+            weights = [weight.masked_fill(hessian.dead, 0.0) for weight in dense]
+            levels = [level[layer.name] for layer in at_work]
+            swept = sweep(weights, factor, levels, self.n_of_m, self.blocksize, grid)
+            for layer, weight in zip(at_work, swept, strict=True):
+                updated = weight.to(layer.weight.dtype)
+                found[layer.name] = (updated != 0, updated)
+                self._remark(layer, hessian, updated)
+        return [found[layer.name] for layer in layers]
+
+    def _remark(self, layer: Layer, hessian: Hessian, updated: Tensor) -> None:
+        """What the record should say of a layer that was pruned."""
         if hessian.damping_used != self.percdamp:
             layer.warnings.append(
                 f"Hessian not positive definite with percdamp={self.percdamp:g}, damped by {hessian.damping_used:g}"
             )
         if bool(hessian.dead.any()):
             layer.warnings.append("inputs that were zero in all calibration data lost their weights")
-        weight = layer.weight.float().clone()
-        weight[:, hessian.dead] = 0
-        grid = Grid.of(layer.weight.float(), self.wbits) if self.wbits < 16 else None
-        updated = sweep(weight, factor, level, self.n_of_m, self.blocksize, grid).to(layer.weight.dtype)
-        mask = updated != 0
-        layer.surplus = max(0, int((~mask).sum()) - self.count(layer))
-        return mask, updated
+        layer.surplus = max(0, int((updated == 0).sum()) - self.count(layer))
 
     def count(self, layer: Layer) -> int:
         """The zeros that the rule asks for; ties, dead inputs and rounding to a grid may add to them."""
@@ -147,48 +160,64 @@ class Grid:
 
 
 def sweep(
-    weight: Tensor, factor: Tensor, sparsity: float, n_of_m: tuple[int, int] | None, blocksize: int, grid: Grid | None
-) -> Tensor:
-    """The pruned and updated weight: (out, in) float32; factor U: (in, in) upper. Works on the transpose, in which a
-    column of the weight lies together."""
-    turned = weight.t().contiguous()
+    weights: Sequence[Tensor],
+    factor: Tensor,
+    levels: Sequence[float],
+    n_of_m: tuple[int, int] | None,
+    blocksize: int,
+    grid: Grid | None,
+) -> list[Tensor]:
+    """Layers with the same inputs, pruned and updated: each (out, in) float32, with its own level; factor U: (in, in)
+    upper; ``grid``: of all rows. Works on the transpose, in which a column of the weights lies together."""
+    turned = torch.cat([weight.t() for weight in weights], dim=1).contiguous()
+    rows = [len(weight) for weight in weights]
     columns = len(turned)
     for start in range(0, columns, blocksize):
         end = min(start + blocksize, columns)
         block, upper = turned[start:end], factor[start:end, start:end]
         pruned = torch.zeros_like(block, dtype=torch.bool)
-        if n_of_m is None and sparsity > 0:
+        if n_of_m is None:
             score = block**2 / upper.diag()[:, None] ** 2
-            pruned = score <= value_at(score.reshape(1, -1), int(score.numel() * sparsity))
+            for its, chosen, level in zip(score.split(rows, 1), pruned.split(rows, 1), levels, strict=True):
+                if level:
+                    torch.le(its, value_at(its.reshape(1, -1), int(its.numel() * level)), out=chosen)
         errors = _sweep_block(block, upper, pruned, n_of_m, grid)
-        turned[end:] -= factor[start:end, end:].t() @ errors
-    return turned.t().contiguous()
+        turned[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+    return [weight.t().contiguous() for weight in turned.split(rows, 1)]
 
 
 def _sweep_block(
     block: Tensor, upper: Tensor, pruned: Tensor, n_of_m: tuple[int, int] | None, grid: Grid | None
 ) -> Tensor:
-    """One block of columns, in place: block (b, out), upper (b, b) -> the scaled errors (b, out)."""
-    errors = torch.zeros_like(block)
+    """One block of columns, in place: block (b, out), upper (b, b) -> the scaled errors (b, out).
+
+    A column is brought up to date when its turn comes, not each time that one before it is done: in products with the
+    errors of the strip, then of the group of columns that it stands in."""
+    errors = torch.empty_like(block)
     width = len(block)
     diagonal, kept = upper.diag(), ~pruned
-    strip = _STRIP if n_of_m is None else n_of_m[1] * max(1, _STRIP // n_of_m[1])
+    divisor = diagonal[:, None].where(pruned, torch.inf)  # what is kept has no error
+    size = _GROUP if n_of_m is None else n_of_m[1]
+    strip = size * max(1, _STRIP // size)
     for first in range(0, width, strip):
         last = min(first + strip, width)
-        for j in range(first, last):
-            if n_of_m and j % n_of_m[1] == 0 and j + n_of_m[1] <= width:
-                group = slice(j, j + n_of_m[1])
+        for start in range(first, last, size):
+            group = slice(start, min(start + size, last))
+            block[group].addmm_(upper[first:start, group].t(), errors[first:start], alpha=-1)
+            if n_of_m and start + size <= width:
                 scores = block[group] ** 2 / diagonal[group, None] ** 2
                 torch.stack(list(keep_largest(scores.unbind(0), n_of_m[0])), out=kept[group])
-            if grid is None:  # what is kept has no error; what is not becomes zero below, all at once
-                error = block[j].masked_fill(kept[j], 0.0)
-            else:
-                rounded = grid.round(block[j].masked_fill(~kept[j], 0.0)[:, None])[:, 0]
-                error = block[j] - rounded
-                block[j] = rounded
-            torch.div(error, diagonal[j], out=errors[j])
-            block[j + 1 : last] -= torch.outer(upper[j, j + 1 : last], errors[j])
-        block[last:] -= upper[first:last, last:].t() @ errors[first:last]
+                divisor[group] = diagonal[group, None].where(~kept[group], torch.inf)
+            for j in range(group.start, group.stop):
+                if j > start:
+                    block[j].addmv_(errors[start:j].t(), upper[start:j, j], alpha=-1)
+                if grid is None:
+                    torch.div(block[j], divisor[j], out=errors[j])
+                else:
+                    rounded = grid.round(block[j].masked_fill(~kept[j], 0.0)[:, None])[:, 0]
+                    torch.div(block[j] - rounded, diagonal[j], out=errors[j])
+                    block[j] = rounded
+        block[last:].addmm_(upper[first:last, last:].t(), errors[first:last], alpha=-1)
     if grid is None:
         block.masked_fill_(~kept, 0.0)
     return errors

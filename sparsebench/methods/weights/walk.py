@@ -8,8 +8,9 @@ pruned block's outputs feed the next one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -180,7 +181,8 @@ def apply(methods: Sequence[Named], around: Surroundings) -> Applied:
         for chosen in _groups(selector, layers[index]):
             if not looks_ahead:
                 data.measure(index, block, chosen)
-            applied.layers += [_prune(stack, layer, ahead.get(layer.name)) for layer in chosen]
+            for together in _same_inputs(chosen):
+                applied.layers += _prune(stack, together, ahead)
         for name, method in recovering:
             for column, value in (method.recover(block, layers[index], seen[name], run) or {}).items():
                 applied.notes[column] = applied.notes.get(column, 0) + value
@@ -210,12 +212,30 @@ def _groups(selector: WeightMethod, layers: list[Layer]) -> Iterator[list[Layer]
         yield layers
 
 
-def _prune(stack: Stack, layer: Layer, ahead: Tensor | None) -> LayerReport:
-    """Selects, refines and sets the pruned entries of one layer to zero."""
+def _same_inputs(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
+    """Neighbours that share what was gathered of their inputs; without data every layer by itself."""
+    taken = [tuple(layer.gathered.parts.values()) if layer.gathered else (layer,) for layer in layers]
+    for _, group in groupby(zip(taken, layers, strict=True), lambda pair: tuple(map(id, pair[0]))):
+        yield [layer for _, layer in group]
+
+
+def _prune(stack: Stack, layers: list[Layer], ahead: Mapping[str, Tensor]) -> list[LayerReport]:
+    """Selects, refines and sets the pruned entries of layers with the same inputs to zero. ``ahead``: masks that are
+    known already, by layer."""
+    refining = bool(stack.of_stage("refine"))
+    for layer in layers:
+        layer.dense = layer.weight.clone() if refining else None
+    if all(layer.name in ahead for layer in layers):
+        solved = [(ahead[layer.name], layer.weight) for layer in layers]
+    else:
+        solved = stack.selector[1].solve_together(layers)
+    return [_set(stack, layer, *found) for layer, found in zip(layers, solved, strict=True)]
+
+
+def _set(stack: Stack, layer: Layer, mask: Tensor, weight: Tensor) -> LayerReport:
+    """Refines the mask of one layer, and gives the layer its weight and its zeros."""
     refiners = stack.of_stage("refine")
     name, selector = stack.selector
-    layer.dense = layer.weight.clone() if refiners else None
-    mask, weight = (ahead, layer.weight) if ahead is not None else selector.solve(layer)
     if refiners:
         layer.score, layer.n_of_m = selector.score(layer), selector.n_of_m
     for other, method in refiners:
