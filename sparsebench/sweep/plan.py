@@ -23,7 +23,7 @@ from sparsebench.analysis.claims import check_selects
 from sparsebench.config import Unused, Workspace, resolve
 from sparsebench.errors import Mistakes, UserError, closest
 from sparsebench.results.store import no_garbage_collection
-from sparsebench.run import Run
+from sparsebench.run import Part, Run
 from sparsebench.sweep.spec import Sweep
 
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")  # a text that needs no quotes on the command line ...
@@ -64,7 +64,7 @@ def make(workspace: Workspace, sweep: Sweep) -> Plan:
 def _made(workspace: Workspace, sweep: Sweep) -> Plan:
     errors: dict[str, None] = dict.fromkeys(_strays(workspace, sweep))
     found: dict[str, Planned] = {}
-    contents: dict[str, str] = {}
+    contents: dict[str, str | UserError] = {}  # one question a model, whatever the answer: a hub may be slow to refuse
     unused = Unused()
     hits: set[int] = set()
     for point in _points(workspace, sweep):
@@ -75,7 +75,9 @@ def _made(workspace: Workspace, sweep: Sweep) -> Plan:
             unused.errors |= own.errors
             key = str(run.model)
             if key not in contents:
-                contents[key] = workspace.catalogue.load("model", run.model.name)(**run.model.options).content()
+                contents[key] = _content(workspace, run.model)
+            if isinstance(content := contents[key], UserError):
+                raise content
         except UserError as error:
             # a combination that cannot be run may be what a rule leaves out
             fits = _excluded(sweep, {**point, "method": "+".join(point["method"])})
@@ -83,7 +85,7 @@ def _made(workspace: Workspace, sweep: Sweep) -> Plan:
             if not fits:
                 errors.setdefault(str(error))
             continue
-        planned = _planned(run, {name: one for name, one in point.items() if name not in own.errors}, contents[key])
+        planned = _planned(run, {name: one for name, one in point.items() if name not in own.errors}, content)
         fits = _excluded(sweep, planned.point)
         hits.update(fits)
         if not fits:
@@ -137,6 +139,15 @@ def _draws(workspace: Workspace, method: list[str]) -> bool:
     kinds = [workspace.group("method", name).get("kind", name) for name in method if name in known]
     uses = [entry for kind in kinds for entry in workspace.catalogue.get("method", kind).uses]
     return any(entry.split(" if ")[0] == "seed" for entry in uses)
+
+
+def _content(workspace: Workspace, model: Part) -> str | UserError:
+    """The hash of the model's content, or why there is none."""
+    try:
+        content: str = workspace.catalogue.load("model", model.name)(**model.options).content()
+    except UserError as error:
+        return error
+    return content
 
 
 def _strays(workspace: Workspace, sweep: Sweep) -> Iterator[str]:

@@ -133,6 +133,22 @@ def test_what_cannot_be_planned_is_refused(one: Sweep, said: str) -> None:
     assert any(said in line for line in mistakes(one))
 
 
+def test_a_model_that_cannot_be_had_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsebench.models.embedded import Ladder
+
+    asked = []
+
+    def refuse(model: Ladder) -> str:
+        asked.append(model.rung)
+        raise UserError(f"no {model.rung}")
+
+    monkeypatch.setattr(Ladder, "content", refuse)
+    grid = {"model": ["tiny_100k", "tiny_1m"], "method": ["wanda"], "sparsity": [0.25, 0.5, 0.75]}
+    with pytest.raises(UserError) as raised:
+        plans.make(WORKSPACE, sweep(grid))
+    assert asked == ["tiny_100k", "tiny_1m"] and "no tiny_100k" in str(raised.value)
+
+
 def test_what_the_file_says_of_a_method_taken_out_is_no_mistake() -> None:
     one = sweep(
         {"method": ["dense"], "method.wanda.norm": ["l1"]}, levels={"wanda": [0.5]}, given=frozenset({"method"})
