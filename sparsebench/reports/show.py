@@ -144,7 +144,7 @@ def laws(results: Sequence[Result], source: str) -> None:
     from pandas import DataFrame
 
     from sparsebench.analysis.laws import text
-    from sparsebench.analysis.laws.figure import draw
+    from sparsebench.analysis.laws.figure import SUFFIXES, draw
 
     saved = []
     for result in results:
@@ -153,8 +153,7 @@ def laws(results: Sequence[Result], source: str) -> None:
         file = f"fits/{result.name}.csv"
         csv(DataFrame(result.bootstrap.matrix, columns=list(result.bootstrap.names)), file)
         saved.append({**result.to_json(), "filter": None, "resample_matrix": file})
-        for suffix in (".pdf", ".png", ".svg"):
-            draw([result], Path(f"figures/law-{result.name}{suffix}"))
+        draw([result], *(Path(f"figures/law-{result.name}{suffix}") for suffix in SUFFIXES))
         drawn = Path(f"figures/law-{result.name}.svg").read_text(encoding="utf-8")
         alt = f"Fit of {result.fit.law.formula} with its residuals"
         facts = {"kind": "figure", "name": f"law-{result.name}", "caption": f"{result.name}, {source}.", "alt": alt}

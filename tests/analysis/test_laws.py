@@ -242,6 +242,15 @@ def test_cells_of_the_frontier_law_are_resampled_whole() -> None:
     assert len(np.unique(found.groups)) == 5 * 4 * 4
 
 
+def test_the_hull_is_a_hull_and_not_a_box_and_holds_its_corners() -> None:
+    points = grid(0.003)
+    triangle = np.log2(points["N"] / points["N"].min()) / 5 + np.log2(points["D"] / points["D"].min()) / 8 <= 1.001
+    found = fit(points[triangle], CHINCHILLA, keep=1)
+    (small, *_, large), (few, *_, many) = (np.sort(points[name].unique()) for name in ("N", "D"))
+    where = DataFrame({"N": [small, small, large, large, large * 1.01], "D": [few, many, few, many, few]})
+    assert predict(found, where)["outside"].tolist() == [False, False, False, True, True]
+
+
 def test_predictions_have_bands_and_know_the_hull() -> None:
     found = fit(grid(0.003), CHINCHILLA, keep=1)
     draws = resample(found, 20)

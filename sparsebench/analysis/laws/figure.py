@@ -21,11 +21,11 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73")
 _GREY, _BEYOND, _STEPS = "#999999", 2.0, 60  # a curve goes on by a factor of 2, in 60 steps
 
 
-def draw(results: Sequence[Result], file: Path) -> None:
+def draw(results: Sequence[Result], *files: Path) -> None:
     """One pair of rows a result: value against each variable and predicted against observed; below, residual against
     each variable and their normal quantiles. Excluded rows are hollow, left-out ones crosses, extrapolation hatched.
 
-    Format by the suffix of ``file``, one of SUFFIXES.
+    Each file's format is that of its suffix, one of SUFFIXES.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -36,7 +36,8 @@ def draw(results: Sequence[Result], file: Path) -> None:
     axes = figure.subplots(2 * len(results), across, squeeze=False)
     for at, result in enumerate(results):
         _draw_one(result, axes[2 * at], axes[2 * at + 1])
-    figure.savefig(file, dpi=200)
+    for file in files:
+        figure.savefig(file, dpi=200)
 
 
 def _draw_one(result: Result, above: Sequence[Axes], below: Sequence[Axes]) -> None:
