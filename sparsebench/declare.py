@@ -69,8 +69,8 @@ class Taxonomy:
     @property
     def label(self) -> str:
         """The handbook's derived name: pruning, sparse training, post-training pruning ..."""
-        if self.object == "none":
-            return "reference"
+        if self.object == "none":  # nothing becomes zero, and yet weights may change
+            return "reference" if self.weights_updated_after_mask == "none" else "quantisation"
         if self.start == "sparse_to_sparse":
             return "dynamic sparse training" if self.mask_dynamics == "dynamic" else "sparse training"
         if self.object != "weights":

@@ -75,6 +75,9 @@ def summary(record: dict[str, Any], store: Path) -> str:
     if record.get("achieved") is not None:
         scope, model = record["achieved"], record["achieved_model"]
         lines.append(f"sparsity   {scope:.4f} of the method's scope, {model:.4f} of the whole model")
+    if record.get("bits_average") is not None:
+        average, layers = record["bits_average"], record["bits_of_layers"]
+        lines.append(f"bits       {average:.3f} a parameter of the whole model (layers: {layers})")
     if record.get("flops_prefill"):
         prefill = record["flops_prefill"] / record["flops_prefill_dense"]
         decode = record["flops_decode"] / record["flops_decode_dense"]

@@ -24,6 +24,7 @@ Array = NDArray[np.float64]
 TOLERANCE, LOG_TOLERANCE = 0.01, 0.05  # accuracy; log perplexity (the latter is our choice)
 MARGIN = 0.02
 ALPHA = 0.05  # one-sided, of both rules for safe sparsity
+SHARE = 0.5  # of the dense score, below which a task has collapsed (ours; papers read thresholds off their tables)
 _SLACK = 1e-9  # what rounding may take from a score
 _GRID = 0.001  # of the hinge's knee
 _Z, _POWER = 1.645, 0.84  # normal quantiles of ALPHA and of 80% power
@@ -355,3 +356,14 @@ def _mcnemar(dense: Array, sparse: Array) -> float:
     only_dense, only_sparse = int(np.sum((dense == 1) & (sparse == 0))), int(np.sum((dense == 0) & (sparse == 1)))
     both = only_dense + only_sparse
     return float(binomtest(only_dense, both, alternative="greater").pvalue) if both else 1.0
+
+
+def collapse(sparsity: ArrayLike, score: ArrayLike, share: float = SHARE) -> float | None:
+    """The smallest sparsity at which the score is below ``share`` of the dense (first) one; None where none is.
+
+    sparsity, score: (levels,), sparsities increasing, higher scores better."""
+    s, q = np.asarray(sparsity, np.float64), np.asarray(score, np.float64)
+    if s.ndim != 1 or s.shape != q.shape or not len(s) or not (np.diff(s) > 0).all() or not np.isfinite(q).all():
+        raise ValueError(f"increasing sparsities with a finite score each are needed, not {s} and {q}")
+    below = np.flatnonzero(q < share * q[0])
+    return float(s[below[0]]) if len(below) else None

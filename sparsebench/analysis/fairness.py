@@ -143,7 +143,7 @@ def _of_group(group: _Group) -> list[Finding]:
             "refused",
             "denominator",
             "What sparsity counts differs",
-            declared,
+            [row for row in declared if row.get("denominator") or _objects(group, row)],
             _scope(group),
             r"method(\..*)?\.(include|exclude)",
         ),
@@ -167,13 +167,18 @@ def _scope(group: _Group) -> Callable[[Row], str]:
     def scope(row: Row) -> str:
         if row.get("denominator"):
             return str(row["denominator"])
-        objects = dict.fromkeys(one.taxonomy.object for one in group.of(row))
+        objects = _objects(group, row)
         limits = [
             f"{key.rpartition('.')[2]} {_text(row[key])}" for key in sorted(row) if _SCOPE.fullmatch(key) and row[key]
         ]
         return ", ".join([*objects, *limits])
 
     return scope
+
+
+def _objects(group: _Group, row: Row) -> list[str]:
+    """What the methods of a row zero; nothing where they only quantise."""
+    return [one for one in dict.fromkeys(part.taxonomy.object for part in group.of(row)) if one != "none"]
 
 
 def _matched(group: _Group) -> list[Finding]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy
 
-from sparsebench.analysis import answer_lengths, curves
+from sparsebench.analysis import curves
 from sparsebench.analysis.expressions import Call, Expression, Number, Operation, Reference
 from sparsebench.analysis.statistics import Array, Population, Weights, mean
 
@@ -122,7 +122,7 @@ class Knee:
             tolerance = curves.LOG_TOLERANCE if self.logarithmic else curves.TOLERANCE
             return curves.tolerance_knee(self.achieved, row, tolerance)
         if self.rule == "collapse":
-            found = answer_lengths.collapse(self.achieved, row)
+            found = curves.collapse(self.achieved, row)
             return 1.0 if found is None else found  # beyond the last level: at most where nothing is left
         if self.rule == "chord":
             return curves.chord_knee(self.achieved, row)

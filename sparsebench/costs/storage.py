@@ -87,14 +87,18 @@ def smallest(weight: torch.Tensor) -> tuple[str, int]:
 def weight_bytes(model: PreTrainedModel, read: Read = as_it_is) -> Storage:
     """Stored bytes of ``model`` in the dtype its parameters have now; buffers are not counted.
 
-    A layer that a method left in a form of its own (``stored_form``) takes what that takes.
-    Parameters shared by several modules count once. A head tied to the embedding is stored as the embedding,
-    dense, whatever its zeros, as is every parameter that is not the weight of a linear layer. UserError for
-    weights that are quantised or offloaded.
+    A layer or embedding that a method left in a form of its own (``stored_form``) takes what that takes.
+    Parameters shared by several modules count once. Without such a form an embedding, and a head that is tied to it, is
+    stored dense, whatever its zeros, as is every parameter that is not the weight of a linear layer. UserError for
+    weights that are packed or offloaded.
     """
     dense = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     sparse, per_layer, votes = dense, [], Counter[str]()
-    seen = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    seen = {id(module.weight) for module in embeddings}
+    for module in embeddings:
+        if own := stored_form(module, module.weight):
+            sparse += own.nbytes - module.weight.nbytes
     head = model.get_output_embeddings()
     for name, stored, weight in matrices(model, read):
         if id(stored) in seen:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sparsebench.analysis import answer_lengths
+from sparsebench.analysis import curves
 from sparsebench.reports.data import DENSE, LEVEL, SweepData
+from sparsebench.tasks.reasoning import lengths
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -26,6 +27,7 @@ def levels(sweep: SweepData, counted: DataFrame) -> list[tuple[dict[str, Any], l
         rows = [row for run_id in level["run_id"] for row in sweep.samples[run_id]]
         named = dict(zip(("model", "task", "method", "requested"), key, strict=True))
         named["achieved"] = float(level["achieved"].mean())
+        named["bins"] = int(level["task.len_bins"].iloc[0]) if "task.len_bins" in level else lengths.BINS
         for kind in dict.fromkeys(row["task"] for row in rows):
             found.append(({**named, "kind": kind}, [row for row in rows if row["task"] == kind]))
     return found
@@ -39,46 +41,52 @@ def spent(found: list[tuple[dict[str, Any], list[dict[str, Any]]]]) -> DataFrame
     rows = []
     for named, answers in found:
         length, correct = _columns(answers)
-        own = answer_lengths.lengths(length, correct)
+        own = lengths.lengths(length, correct)
         rows.append(
             {
                 **{name: named[name] for name in (*_CURVE, "requested", "achieved")},
                 "accuracy": own.accuracy, "tokens": own.mean, "correct": own.correct, "wrong": own.wrong,
                 "per_correct": own.per_correct, "cut": sum(row["truncated"] for row in answers) / own.n,
-                "rho": answer_lengths.length_correlation(length, correct), "n": own.n,
+                "rho": lengths.length_correlation(length, correct), "n": own.n,
             }
         )  # fmt: skip
     return DataFrame(rows)
 
 
 def by_length(found: list[tuple[dict[str, Any], list[dict[str, Any]]]]) -> DataFrame:
-    """Accuracy in bins of equally many answers by length: a row a level, kind and bin."""
+    """Accuracy in bins of equally many answers by length, as many as the task's ``len_bins``: a row a level, kind and
+    bin."""
     from pandas import DataFrame
 
     rows = [
         {**{name: named[name] for name in (*_CURVE, "requested")}, "from": one.low, "to": one.high,
          "accuracy": one.accuracy, "n": one.n}
         for named, answers in found
-        for one in answer_lengths.accuracy_by_length(*_columns(answers))
+        for one in lengths.accuracy_by_length(*_columns(answers), named["bins"])
     ]  # fmt: skip
     return DataFrame(rows)
 
 
 def collapses(table: DataFrame) -> DataFrame:
     """The collapse point of every curve of ``spent``: model, task, kind, method, dense (its accuracy), collapse (empty:
-    no level is below half of it) and the largest sparsity that was looked at. Curves without a dense level are none."""
+    no level is below half of it) and the largest sparsity that was looked at. Curves without a dense level are none.
+    Of each model and method what collapses first comes first."""
     from pandas import DataFrame
 
     rows = []
     for (model, task, kind), own in table.groupby(_CURVE[:3], sort=False):
         dense = own[own["method"] == DENSE]
         for method, curve in own[own["method"] != DENSE].groupby("method", sort=False) if len(dense) else ():
-            ordered = curve.groupby("achieved")["accuracy"].mean()  # by increasing sparsity; patterns may share one
+            sparse = curve[curve["achieved"] > 0]  # nothing is zero in what is only quantised
+            if sparse.empty:
+                continue
+            ordered = sparse.groupby("achieved")["accuracy"].mean()  # by increasing sparsity; patterns may share one
             scores = [float(dense["accuracy"].iloc[0]), *ordered]
-            point = answer_lengths.collapse([0.0, *ordered.index], scores)
+            point = curves.collapse([0.0, *ordered.index], scores)
             named = dict(zip(_CURVE, (model, task, kind, method), strict=True))
             rows.append({**named, "dense": scores[0], "collapse": point, "up_to": float(ordered.index[-1])})
-    return DataFrame(rows, columns=[*_CURVE, "dense", "collapse", "up_to"])
+    found = DataFrame(rows, columns=[*_CURVE, "dense", "collapse", "up_to"])
+    return found.sort_values(["model", "method", "collapse"], kind="stable", ignore_index=True)
 
 
 def _columns(answers: list[dict[str, Any]]) -> tuple[list[float], list[float]]:

@@ -246,3 +246,12 @@ def test_ranks_share_ties() -> None:
     found = frontiers.mean_ranks({"a": [3, 3, 1], "b": [2, 3, 2], "c": [1, 1, 3]})
     assert found["a"][0] == pytest.approx((1 + 1.5 + 3) / 3) and found["b"][0] == pytest.approx((2 + 1.5 + 2) / 3)
     assert found["c"][1] <= found["c"][0] <= found["c"][2]
+
+
+def test_collapse() -> None:
+    levels = [0, 0.25, 0.5, 0.75]
+    assert curves.collapse(levels, [0.8, 0.7, 0.4, 0.1]) == 0.75, "half is not below half"
+    assert curves.collapse(levels, [0.8, 0.3, 0.5, 0.1]) == 0.25
+    assert curves.collapse(levels, [0.8, 0.7, 0.6, 0.5]) is None
+    with pytest.raises(ValueError, match="increasing"):
+        curves.collapse([0.5, 0], [1, 1])

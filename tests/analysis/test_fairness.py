@@ -10,7 +10,7 @@ from sparsebench.analysis.fairness import Finding, Methods, Policy, check, decla
 from sparsebench.config import Workspace
 from sparsebench.errors import UserError
 
-LABELS = ["dense", "random", "magnitude", "wanda", "sparsegpt", "wanda+dsnot", "magnitude+perp"]
+LABELS = ["dense", "random", "magnitude", "wanda", "sparsegpt", "wanda+dsnot", "magnitude+perp", "rtn"]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,12 @@ def rules(findings: list[Finding]) -> dict[str, str]:
 
 def test_a_fair_table(methods: Methods) -> None:
     assert check(table(), methods) == []
+
+
+def test_what_is_only_quantised_counts_no_zeros_that_could_differ(methods: Methods) -> None:
+    rows = [*table(), row("rtn", calibration=None, sparsity=None, achieved=0.0, seed=None)]
+    assert "denominator" not in rules(check(rows, methods))
+    assert "denominator" in rules(check([*rows, row("random", **{"method.random.exclude": ["*q_proj"]})], methods))
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sparsebench.analysis import answer_lengths
+from sparsebench.tasks.reasoning import lengths
 
 
 @pytest.mark.golden("sparsegpt_reasoning", r"(?P<name>\w+)_len_chars")
 def test_means_over_right_and_wrong_answers(case):
     length, correct = case.arrays[case.key], case.arrays[f"{case.name}_correct"]
-    found = answer_lengths.lengths(length, correct)
+    found = lengths.lengths(length, correct)
     right = [int(one) for one, good in zip(length, correct, strict=True) if good]
     wrong = [int(one) for one, good in zip(length, correct, strict=True) if not good]
     assert found.n == len(length)
@@ -35,11 +35,11 @@ def test_outcomes_are_those_of_the_letters(case):
 @pytest.mark.golden("sparsegpt_reasoning", r"(?P<name>\w+)_len_chars")
 def test_longer_answers_are_wrong_more_often(case):
     length, correct = case.arrays[case.key], case.arrays[f"{case.name}_correct"]
-    bins = answer_lengths.accuracy_by_length(length, correct)
+    bins = lengths.accuracy_by_length(length, correct)
     assert sum(one.n for one in bins) == len(length)
     assert sum(one.n * one.accuracy for one in bins) == pytest.approx(correct.sum())
     assert all(a.high < b.low for a, b in pairwise(bins))
     assert bins[-1].accuracy < bins[0].accuracy
-    rho = answer_lengths.length_correlation(length, correct)
+    rho = lengths.length_correlation(length, correct)
     assert rho == pytest.approx(stats.pearsonr(stats.rankdata(length), stats.rankdata(correct)).statistic)
     assert rho < 0

@@ -50,7 +50,25 @@ def test_lengths_by_level_and_kind(found: Any) -> None:
     assert own["accuracy"].tolist() == [1, 0.5, 0, 0, 0] and own["from"].tolist() == [10, 12, 14, 16, 18]
 
 
+def test_bins_are_as_many_as_the_task_says(found: Any) -> None:
+    assert {named["bins"] for named, _ in found} == {5}
+    run = {
+        "model_label": "m",
+        "task_label": "t",
+        "method_label": "dense",
+        "level": None,
+        "run_id": "r",
+        "achieved": 0.0,
+    }
+    sweep: Any = SimpleNamespace(samples={"r": rows(5, "sums")})
+    asked = answers.levels(sweep, pandas.DataFrame([{**run, "task.len_bins": 2}]))
+    assert answers.by_length(asked)["accuracy"].tolist() == [1, 0]
+
+
 def test_collapse_points(found: Any) -> None:
+    quantised = [({**named, "method": "rtn"}, own) for named, own in found if named["method"] == "dense"]
+    both = answers.collapses(answers.spent([*found, *quantised]))
+    assert both["kind"].tolist() == ["sums", "rules"], "what collapses first; a method that makes no zeros is no curve"
     table = answers.collapses(answers.spent(found)).set_index("kind")
     assert table.loc["sums", "collapse"] == 0.5 and table.loc["sums", "dense"] == 1
     assert pandas.isna(table.loc["rules", "collapse"]) and table.loc["rules", "up_to"] == 0.75

@@ -88,6 +88,19 @@ def test_an_answer_that_ends_at_the_limit_counts_as_cut() -> None:
     assert [(row["tokens"], row["truncated"], row["correct"]) for row in found] == [(5, True, 0), (5, False, 1)]
 
 
+def test_accuracy_by_length_has_as_many_bins_as_asked() -> None:
+    model, questions = scripted(TEXTS)
+    for bins, says in (
+        (2, ["sum 1-5: 1 of 2", "sum 10-12: 0 of 2"]),
+        (3, ["sum 1-5: 1 of 2", "sum 10-10: 0 of 1", "sum 12-12: 0 of 1"]),
+    ):
+        outcome = answering.evaluate(model, Evaluation(), questions, Decoding(12, 0.0, 1.0, 1, 0), bins)
+        assert outcome.notes["accuracy_by_length"] == says
+    rows = [{"task": kind, "tokens": 3, "correct": float(kind == "b")} for kind in "aab"]
+    assert answering.by_length(rows, 5) == ["a 3-3: 0 of 2", "b 3-3: 1 of 1"]
+    assert Reasoning().len_bins == ReasoningSetTask().len_bins == 5
+
+
 def test_runs_are_averaged_by_question() -> None:
     rows = [
         {"sample": f"a/{k}/{run}", "question": f"a/{k}", "task": "a", "correct": float(k == 0), "tokens": 2 + run,
@@ -200,6 +213,7 @@ def test_the_prompt_opens_a_thought() -> None:
         (["task=reasoning", "model=tiny_reasoner", "task.max_new_tokens=128"], "beyond the context"),
         (["task=reasoning", "model=tiny_reasoner", "task.kinds=[sums]"], "not a choice"),
         (["task=reasoning_long_sums", "model=tiny_reasoner", "task.steps=5"], "kind arithmetic have 2 to 4"),
+        (["task=reasoning", "model=tiny_reasoner", "task.len_bins=1"], "task.len_bins=1: must be a whole number >= 2"),
     ],
 )
 def test_bad_input(words: list[str], says: str, tmp_path: Path, command: Command) -> None:

@@ -14,10 +14,11 @@ code of Liu et al. 2022 (VITA-Group/Random_Pruning) is followed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
+from typing import Any, TypeVar
 
 import yaml
 
@@ -25,6 +26,7 @@ from sparsebench.errors import UserError
 
 RULES = ("uniform", "er", "erk", "table")
 Shape = Sequence[int]
+T = TypeVar("T")
 
 _SMALL_DENSITY = 0.2  # uniform_plus: the classifier keeps this much, and the others pay for it below it
 _TABLE_SLACK = 5e-4  # a table that names every layer may miss the asked total by rounding in its third digit
@@ -97,6 +99,16 @@ def read_table(file: str | None) -> dict[str, float]:
     """A YAML or JSON mapping {pattern of layer names: sparsity in [0, 1)}. UserError when it is not one."""
     if file is None:
         raise UserError("allocation=table: name the file with table=<path>")
+    content = read_patterns(file, "sparsities, such as '*q_proj': 0.3")
+    for pattern, value in content.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise UserError(f"table={file}: {pattern}: {value}: a sparsity must be a number >= 0 and < 1")
+    return {pattern: float(value) for pattern, value in content.items()}
+
+
+def read_patterns(file: str, to_what: str) -> dict[str, Any]:
+    """A YAML or JSON mapping {pattern of layer names: anything}. UserError when it is not one; ``to_what``: what the
+    message says it should map to."""
     try:
         content = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
     except (OSError, RuntimeError, UnicodeDecodeError) as error:
@@ -104,20 +116,24 @@ def read_table(file: str | None) -> dict[str, float]:
     except yaml.YAMLError as error:
         raise UserError(f"table={file}: not valid YAML or JSON: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not content:
-        raise UserError(f"table={file}: must map patterns of layer names to sparsities, such as '*q_proj': 0.3")
-    for pattern, value in content.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-            raise UserError(f"table={file}: {pattern}: {value}: a sparsity must be a number >= 0 and < 1")
-    return {str(pattern): float(value) for pattern, value in content.items()}
+        raise UserError(f"table={file}: must map patterns of layer names to {to_what}")
+    return {str(pattern): value for pattern, value in content.items()}
+
+
+def first_fits(table: Mapping[str, T], names: Collection[str], where: str) -> dict[str, T]:
+    """By name what the first pattern that fits it maps to; names that none fits are not there. UserError, which begins
+    with ``where``, for a pattern that fits none of the names."""
+    found: dict[str, T] = {}
+    for pattern, value in table.items():
+        if not any(fnmatch(name, pattern) for name in names):
+            raise UserError(f"{where}: {pattern} fits no layer in scope, such as {next(iter(names))}")
+        found = {name: value for name in names if fnmatch(name, pattern)} | found
+    return found
 
 
 def _from_table(table: Mapping[str, float], sizes: Mapping[str, int], sparsity: float, where: str) -> dict[str, float]:
     """The first pattern that fits a layer sets its level; layers that none fits share the rest of the total."""
-    found: dict[str, float] = {}
-    for pattern, value in table.items():
-        if not any(fnmatch(name, pattern) for name in sizes):
-            raise UserError(f"{where}: {pattern} fits no layer in scope, such as {next(iter(sizes))}")
-        found = {name: value for name in sizes if fnmatch(name, pattern)} | found
+    found = first_fits(table, sizes, where)
     total = sum(sizes.values())
     named = sum(value * sizes[name] for name, value in found.items())
     rest = sum(size for name, size in sizes.items() if name not in found)

@@ -2,6 +2,8 @@
 
 A matrix (out, in) has n = ceil(in / G) groups a row; a last shorter group is a group of its own. In tensors
 it is filled up with its first value, which changes neither its range nor, as it is cut off again, anything else.
+
+Codes of b bits are 0 .. 2^b - 1; those of ``TERNARY`` bits, log2 3 rounded, are 0, 1, 2.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from sparsebench.kernels.formats import GroupQuantised
 from sparsebench.kernels.stored import Stored
 from sparsebench.methods.weights.adapters import Adapter
 
+TERNARY = 1.58  # bits, in name; five codes take a byte, so 1.6 are stored
+_NEAR_ZERO = 0.7  # of the mean of |w|: three levels take their scale from what is larger
 _SMALLEST = 2.0**-24  # of float16 above zero
 _FURTHEST = 2.0**15  # of a zero point, in steps: float16 ends at 65504
 
@@ -65,7 +69,18 @@ def storable(value: Tensor, bits: int) -> Tensor:
     return value if bits == 32 else straight_through(value, value.half().float())
 
 
-def grid(groups: Tensor, bits: int, include_zero: bool = False, scale_bits: int = 32) -> tuple[Tensor, Tensor]:
+def highest(bits: float) -> int:
+    """The greatest code."""
+    return 2 if bits == TERNARY else int(2**bits) - 1
+
+
+def group_bits(group: int, bits: float, scale_bits: int, zero_bits: int) -> int:
+    """What a group of so many codes takes with its scale and zero point."""
+    codes = -(-group * 8 // 5) if bits == TERNARY else group * int(bits)
+    return codes + scale_bits + zero_bits
+
+
+def grid(groups: Tensor, bits: float, include_zero: bool = False, scale_bits: int = 32) -> tuple[Tensor, Tensor]:
     """The asymmetric grid of each group's least and greatest value: groups (k, G) -> scale, zero (k, 1).
 
     scale = (max - min) / (2^bits - 1), zero = round(-min / scale); a constant group c has scale |c| (1 if c = 0)
@@ -77,17 +92,41 @@ def grid(groups: Tensor, bits: int, include_zero: bool = False, scale_bits: int 
     if include_zero:
         low, high = low.clamp(max=0), high.clamp(min=0)
     most = torch.maximum(low.abs(), high.abs())
-    scale = torch.maximum((high - low) / (2**bits - 1), most / _FURTHEST)
+    scale = torch.maximum((high - low) / highest(bits), most / _FURTHEST)
     scale = torch.where(constant, torch.where(most == 0, 1.0, most), scale)
     scale = storable(scale.clamp(min=_SMALLEST), scale_bits)
     zero = torch.where(constant, (low < 0).float(), torch.round(-low / scale))
     return scale, storable(zero, scale_bits)
 
 
-def encode(groups: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """The codes of groups (k, G), 0 .. 2^bits - 1 in float32; gradients pass the rounding, inside the range."""
+def centred(weight: Tensor, group: int, bits: float, scale_bits: int = 32) -> tuple[Tensor, Tensor]:
+    """The symmetric grid of each group of weight (out, in): scale, zero (out, n). The zero point is the same
+    everywhere, so it is not stored.
+
+        b >= 2   scale = max |w| / m, zero = m = 2^(b-1) - 1: the levels are -m .. m steps
+        TERNARY  -a, 0, a with a the mean of |w| where |w| > 0.7 mean |w| (Li, Zhang, Liu 2016, arXiv 1605.04711)
+        b = 1    -a, a with a the mean of |w| (Rastegari et al. 2016, arXiv 1603.05279): scale = 2a, zero = 1/2
+    """
+    size = weight.detach().float().abs()
+    if bits >= 2:
+        middle = float(highest(bits) // 2)
+        scale = cut(size, group).amax(dim=2) / middle
+    elif bits == TERNARY:
+        middle = 1.0
+        far = (size > _NEAR_ZERO * spread(means(size, group), group, size.shape[1])).float()
+        scale = means(size * far, group) / means(far, group).clamp(min=_SMALLEST)
+    else:
+        middle = 0.5
+        scale = 2 * means(size, group)
+    return storable(scale.clamp(min=_SMALLEST), scale_bits), torch.full_like(scale, middle)
+
+
+def encode(groups: Tensor, scale: Tensor, zero: Tensor, bits: float) -> Tensor:
+    """The codes of groups (k, G), 0 .. ``highest`` in float32; gradients pass the rounding, inside the range."""
+    if bits == 1:  # two levels, half a step on either side of 0
+        return (groups >= 0).float()
     steps = groups / scale
-    return torch.clamp(straight_through(steps, steps.round()) + zero, 0, 2**bits - 1)
+    return torch.clamp(straight_through(steps, steps.round()) + zero, 0, highest(bits))
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -100,24 +139,32 @@ class Grouped(Adapter):
 
     What was removed is no parameter, so nothing can move it. ``freeze`` turns the values into whole ``codes``
     (k, G) uint8, once and for all; then only scale and zero are left to train, the zero no longer whole. With 16
-    bits there is no grid and nothing to freeze. ``kept``: (out, n) bool; weight: (out, in)."""
+    bits there is no grid and nothing to freeze. ``kept``: (out, n) bool; weight: (out, in). ``symmetric``: on the
+    grids of ``centred``, whose zero is not for training."""
 
     def __init__(
-        self, weight: Tensor, kept: Tensor, group: int, bits: int, include_zero: bool = False, scale_bits: int = 16
-    ) -> None:
+        self, weight: Tensor, kept: Tensor, group: int, bits: float, include_zero: bool = False, scale_bits: int = 16,
+        symmetric: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.kept, self.shape, self.group = kept, tuple(weight.shape), group
         self.bits, self.scale_bits, self.itemsize = bits, scale_bits, weight.element_size()
+        self.symmetric = symmetric
         chosen = cut(weight.detach(), group)[kept]
         self.values: nn.Parameter | None = nn.Parameter(chosen)
         self.codes: Tensor | None = None
-        scale, zero = grid(chosen, bits, include_zero, scale_bits) if bits < 16 else (torch.empty(0), torch.empty(0))
+        scale, zero = torch.empty(0), torch.empty(0)
+        if symmetric and bits < 16:
+            scale, zero = (part[kept][:, None] for part in centred(weight, group, bits, scale_bits))
+        elif bits < 16:
+            scale, zero = grid(chosen, bits, include_zero, scale_bits)
         self.scale, self.zero = nn.Parameter(scale), nn.Parameter(zero)
 
     def grids(self) -> tuple[Tensor, Tensor]:
         """Scale and zero as they are stored, with gradients."""
         scale = storable(self.scale.clamp(min=_SMALLEST), self.scale_bits)
-        zero = self.zero if self.codes is not None else straight_through(self.zero, self.zero.round())
+        whole = self.codes is None and not self.symmetric
+        zero = straight_through(self.zero, self.zero.round()) if whole else self.zero
         return scale, storable(zero, self.scale_bits)
 
     def forward(self, tensor: Tensor) -> Tensor:
@@ -152,18 +199,22 @@ class Grouped(Adapter):
         rows, columns = self.shape
         count, kept = self.kept.shape[1], int(self.kept.sum())
         value = self.bits if self.bits < 16 else 8 * self.itemsize
-        per_group = self.group * value + (self.scale_bits + self.zero_bits if self.bits < 16 else 0)
+        overhead = (self.scale_bits, self.zero_bits) if self.bits < 16 else (0, 0)
+        per_group = group_bits(self.group, value, *overhead)
         indexed = kept < self.kept.numel()  # with every group kept there is nothing to index
         bits = kept * (per_group + indexed * index_bits(count)) + indexed * 32 * (rows + 1)
         entries = int(spread(self.kept, self.group, columns).sum())
-        return Stored(entries, bits, f"{value}-bit groups", self.matrix())
+        return Stored(entries, bits, f"{value:g}-bit groups", self.matrix())
 
     @property
     def zero_bits(self) -> int:
-        """Bits of a stored zero point: those of a code where all are whole and within the codes."""
+        """Bits of a stored zero point: those of a code where all are whole and within the codes; none on a symmetric
+        grid."""
+        if self.symmetric:
+            return 0
         zero = self.grids()[1].detach()
-        fits = bool(((zero == zero.round()) & (zero >= 0) & (zero < 2**self.bits)).all())
-        return self.bits if fits else self.scale_bits
+        fits = bool(((zero == zero.round()) & (zero >= 0) & (zero <= highest(self.bits))).all())
+        return int(self.bits) if fits else self.scale_bits
 
     def matrix(self) -> GroupQuantised | None:
         """The layer in the kernels' 4-bit format (CPU), exactly as it is; None where that format does not hold it."""

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from sparsebench.declare import Declared, option, task
+from sparsebench.declare import option, task
 from sparsebench.errors import UserError
 from sparsebench.models.base import LoadedModel
-from sparsebench.tasks.base import Evaluation, Outcome
 from sparsebench.tasks.page import Page
 from sparsebench.tasks.reasoning import sets
-from sparsebench.tasks.reasoning.answering import Decoding, Question, evaluate
+from sparsebench.tasks.reasoning.answering import Question
+from sparsebench.tasks.reasoning.base import Answering
 from sparsebench.tasks.reasoning.extraction import against
 
 _OPENED = "\n<think>\n"
@@ -28,23 +28,12 @@ _OPENED = "\n<think>\n"
 
 @task(name="reasoning_set", version=1, metric="accuracy", better="higher", gives=("prefill", "decode"))
 @dataclass(frozen=True)
-class ReasoningSetTask(Declared):
+class ReasoningSetTask(Answering):
     """One of four reasoning sets, answered behind a written thought: accuracy and test-time compute."""
 
     name: str = option("aime", "which set", choices=("aime", "folio", "temporal", "musique"))
     file: str | None = option(None, "a local JSONL file with the set's fields instead of the hub", unit="file")
     samples: int | None = option(None, "questions, drawn by task.seed; all (MuSiQue: 100) if not given", low=1)
-    seed: int = option(0, "what draws questions and tokens; never the run's seed", low=0, high=100_000_000)
-    max_new_tokens: int = option(
-        32768, "most tokens of an answer; one that reaches them is wrong", low=1, high=1_048_576
-    )
-    temperature: float = option(0.6, "of sampling; 0: greedy", low=0.0, high=10.0)
-    top_p: float = option(0.95, "probability that the tokens to sample from have together", above=0.0, high=1.0)
-    runs: int = option(3, "answers to each question, averaged", low=1, high=1000)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._decoding()  # checks what several options say together
 
     def prepare(self, model: LoadedModel, corpora: Any) -> list[Question]:
         """The questions. UserError when the data cannot be had, are too few, or do not fit the model."""
@@ -58,11 +47,5 @@ class ReasoningSetTask(Declared):
         for at in drawn:
             score = against(chosen.score, items[at].golds)
             questions.append(Question(f"{self.name}/{at}", self.name, page.ids(items[at].text), score))
-        self._decoding().check(questions, model)
+        self.decoding.check(questions, model)
         return questions
-
-    def evaluate(self, model: LoadedModel, how: Evaluation, prepared: list[Question]) -> Outcome:
-        return evaluate(model, how, prepared, self._decoding())
-
-    def _decoding(self) -> Decoding:
-        return Decoding(self.max_new_tokens, self.temperature, self.top_p, self.runs, self.seed)

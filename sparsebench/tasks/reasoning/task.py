@@ -12,12 +12,12 @@ from random import Random
 from typing import Any
 
 from sparsebench.corpora import chains
-from sparsebench.declare import Declared, option, task
+from sparsebench.declare import option, task
 from sparsebench.errors import UserError
 from sparsebench.models.base import LoadedModel
-from sparsebench.tasks.base import Evaluation, Outcome
 from sparsebench.tasks.reasoning import extraction
-from sparsebench.tasks.reasoning.answering import Decoding, Question, evaluate
+from sparsebench.tasks.reasoning.answering import Question
+from sparsebench.tasks.reasoning.base import Answering
 
 SCORERS: dict[str, extraction.Scorer] = {
     "arithmetic": extraction.score_integer,
@@ -29,7 +29,7 @@ SCORERS: dict[str, extraction.Scorer] = {
 
 @task(name="reasoning", version=1, metric="accuracy", better="higher", gives=("prefill", "decode"))
 @dataclass(frozen=True)
-class Reasoning(Declared):
+class Reasoning(Answering):
     """Right answers behind a written thought, and the tokens they take, on the tiny reasoner's questions."""
 
     kinds: tuple[str, ...] = option(
@@ -41,7 +41,6 @@ class Reasoning(Declared):
     steps: int | None = option(
         None, "steps of a right thought: arithmetic 2 to 4, rules 1 to 3, temporal 1 to 4; drawn if not given", low=1
     )
-    seed: int = option(0, "which questions are drawn; never the run's seed", low=0, high=100_000_000)
     max_new_tokens: int = option(64, "most tokens of an answer; one that reaches them is wrong", low=1, high=65_536)
     temperature: float = option(0.0, "of sampling; 0: greedy", low=0.0, high=10.0)
     top_p: float = option(1.0, "probability that the tokens to sample from have together", above=0.0, high=1.0)
@@ -49,7 +48,6 @@ class Reasoning(Declared):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._decoding()  # checks what several options say together
         for kind in self.kinds:
             fewest, most = chains.STEPS[kind]
             if self.steps is not None and not fewest <= self.steps <= most:
@@ -63,14 +61,8 @@ class Reasoning(Declared):
             raise UserError(f"task.samples={self.samples}: of kind facts there are {chains.FACTS} questions")
         kinds = dict.fromkeys(self.kinds)
         questions = [self._question(model, kind, index) for kind in kinds for index in range(self.samples)]
-        self._decoding().check(questions, model)
+        self.decoding.check(questions, model)
         return questions
-
-    def evaluate(self, model: LoadedModel, how: Evaluation, prepared: list[Question]) -> Outcome:
-        return evaluate(model, how, prepared, self._decoding())
-
-    def _decoding(self) -> Decoding:
-        return Decoding(self.max_new_tokens, self.temperature, self.top_p, self.runs, self.seed)
 
     def _question(self, model: LoadedModel, kind: str, index: int) -> Question:
         if kind == "facts":  # nobody is asked about twice

@@ -1,4 +1,4 @@
-"""Test-time compute: how long answers are, right and wrong ones, and from which sparsity on a task collapses.
+"""Test-time compute: how long answers are, right and wrong ones.
 
 Pure functions over one length and one outcome an answer. Lengths are tokens (or characters) behind the prompt; an
 answer that was cut at the limit counts with its length and as wrong. Lengths compare within one tokenizer only.
@@ -6,16 +6,13 @@ answer that was cut at the limit counts with its length and as wrong. Lengths co
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from sparsebench.analysis.statistics import Array
+Array = NDArray[np.float64]
 
-SHARE = 0.5  # of the dense score, below which a task has collapsed (ours; the paper reads thresholds off its tables)
 BINS = 5
 
 
@@ -82,22 +79,6 @@ def length_correlation(length: ArrayLike, correct: ArrayLike) -> float | None:
     if np.ptp(t) == 0 or np.ptp(c) == 0:
         return None
     return float(spearmanr(t, c).statistic)
-
-
-def collapse(sparsity: ArrayLike, score: ArrayLike, share: float = SHARE) -> float | None:
-    """The smallest sparsity at which the score is below ``share`` of the dense (first) one; None where none is.
-
-    sparsity, score: (levels,), sparsities increasing, higher scores better."""
-    s, q = np.asarray(sparsity, np.float64), np.asarray(score, np.float64)
-    if s.ndim != 1 or s.shape != q.shape or not len(s) or not (np.diff(s) > 0).all() or not np.isfinite(q).all():
-        raise ValueError(f"increasing sparsities with a finite score each are needed, not {s} and {q}")
-    below = np.flatnonzero(q < share * q[0])
-    return float(s[below[0]]) if len(below) else None
-
-
-def order_of_collapse(points: Mapping[str, float | None]) -> list[str]:
-    """Tasks by their collapse points, the first to fall first; those that never do last."""
-    return sorted(points, key=lambda task: math.inf if points[task] is None else float(points[task] or 0))
 
 
 def _checked(length: ArrayLike, correct: ArrayLike) -> tuple[Array, Array]:
