@@ -6,8 +6,6 @@ first (stable sort), as in the reference implementations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -61,31 +59,28 @@ def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     shorter group stay."""
     count = scores.shape[1] // m  # spelled out below: -1 is ambiguous when no whole group fits
     whole = count * m
-    groups = scores[:, :whole].reshape(scores.shape[0], count, m)
-    kept = torch.ones_like(groups, dtype=torch.bool)
-    if n < m:
-        torch.stack(list(keep_largest(groups.unbind(2), n)), dim=2, out=kept)
     mask = torch.ones_like(scores, dtype=torch.bool)
-    mask[:, :whole] = kept.reshape(scores.shape[0], whole)
+    if n < m:
+        groups = scores[:, :whole].reshape(scores.shape[0], count, m).movedim(2, 0).contiguous()
+        mask[:, :whole] = keep_largest(groups, n).movedim(0, 2).reshape(scores.shape[0], whole)
     return mask
 
 
-def keep_largest(scores: Sequence[Tensor], n: int) -> Sequence[Tensor]:
-    """Element by element, the ``n`` largest of ``scores`` (same shapes) are kept: masks in their order."""
+def keep_largest(scores: Tensor, n: int) -> Tensor:
+    """Along the first dimension, the ``n`` largest are kept: scores (m, ...) -> bool of that shape."""
     m = len(scores)
     if m > _PAIRS or scores[0].numel() < _MANY:
-        whole = torch.stack(list(scores))
-        order = torch.sort(whole, dim=0, stable=True).indices[: m - n]
-        return torch.ones_like(whole, dtype=torch.bool).scatter_(0, order, False).unbind(0)
+        order = torch.sort(scores, dim=0, stable=True).indices[: m - n]
+        return torch.ones_like(scores, dtype=torch.bool).scatter_(0, order, False)
     # comparing each with those behind it is faster than many sorts of a few entries
-    whole = torch.stack(list(scores)).view(m, -1)
+    whole = scores.reshape(m, -1)
     wild = whole.isnan()  # the largest of all for a sort
     rank = torch.arange(m - 1, -1, -1, dtype=torch.int8, device=whole.device)[:, None].repeat(1, whole.shape[1])
     for first in range(m - 1):
         before = ((whole[first] <= whole[first + 1 :]) | wild[first + 1 :]).view(torch.int8)
         rank[first + 1 :] += before
         rank[first] -= before.sum(0, dtype=torch.int8)
-    return (rank >= m - n).view(m, *scores[0].shape).unbind(0)
+    return (rank >= m - n).view_as(scores)
 
 
 def keep_global(scores: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:

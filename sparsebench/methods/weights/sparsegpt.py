@@ -196,6 +196,7 @@ def _sweep_block(
     errors = torch.empty_like(block)
     width = len(block)
     diagonal, kept = upper.diag(), ~pruned
+    squares = diagonal[:, None] ** 2
     divisor = diagonal[:, None].where(pruned, torch.inf)  # what is kept has no error
     size = _GROUP if n_of_m is None else n_of_m[1]
     strip = size * max(1, _STRIP // size)
@@ -205,9 +206,8 @@ def _sweep_block(
             group = slice(start, min(start + size, last))
             block[group].addmm_(upper[first:start, group].t(), errors[first:start], alpha=-1)
             if n_of_m and start + size <= width:
-                scores = block[group] ** 2 / diagonal[group, None] ** 2
-                torch.stack(list(keep_largest(scores.unbind(0), n_of_m[0])), out=kept[group])
-                divisor[group] = diagonal[group, None].where(~kept[group], torch.inf)
+                kept[group] = keep_largest(block[group] ** 2 / squares[group], n_of_m[0])
+                divisor[group] = diagonal[group, None].masked_fill(kept[group], torch.inf)
             for j in range(group.start, group.stop):
                 if j > start:
                     block[j].addmv_(errors[start:j].t(), upper[start:j, j], alpha=-1)
