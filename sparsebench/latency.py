@@ -20,7 +20,7 @@ from sparsebench.costs.paired import Call, measure, wall
 from sparsebench.errors import UserError
 from sparsebench.kernels import build
 from sparsebench.kernels.skipping import Needed, skipping
-from sparsebench.kernels.swap import Swap, installed, plan
+from sparsebench.kernels.swap import Replaced, Swap, installed, packed, plan
 from sparsebench.methods.activations.drafting import Decoder
 from sparsebench.methods.activations.gating import Gating
 from sparsebench.methods.activations.sirius import Drafting
@@ -36,15 +36,18 @@ _REALISED = ("weights", "activations")  # targets whose savings a kernel here tu
 
 @dataclass
 class _Kernels:
-    """What the sparse model runs on: swapped layers, or layers that skip (``skipping``'s inputs and outputs).
+    """What the sparse model runs on: swapped layers, or layers that skip (``skipping``'s inputs and outputs) beside
+    swapped ones.
 
-    ``layers``: how many do; ``beside``: targets of methods whose savings no kernel realises; ``attention``: what became
-    of the attention that kernels were to compute."""
+    ``replaced``: the linear layers among them, once they run; ``layers``: how many of any kind; ``beside``: targets of
+    methods whose savings no kernel realises; ``attention``: what became of the attention that kernels were to
+    compute."""
 
     swap: Swap | None = None
     inputs: list[str] = field(default_factory=list)
     outputs: dict[str, Needed] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    replaced: list[Replaced] = field(default_factory=list)
     layers: int = 0
     beside: set[str] = field(default_factory=set)
     attention: list[KernelUse] | None = None  # None: kernels of attention are not asked for
@@ -92,7 +95,7 @@ def columns(sparse: SparseModel, kernel: str, length: int) -> dict[str, Any]:
         "kernel_layers": kernels.layers,
         "kernel_error": float((masked - swapped).abs().max()) / scale,
         "latency": f"measured, but {left} by the reference" if left else "measured",
-        "bytes_resident": _resident(sparse, kernels.swap),
+        "bytes_resident": _resident(sparse, kernels.replaced),
     }
     for phase, measured in found.items():
         ratio = measured.ratio("dense", "sparse")
@@ -129,7 +132,7 @@ def _of_layers(sparse: SparseModel, kernel: str) -> _Kernels:
         return _Kernels(beside=beside)
     try:
         swap = plan(sparse.loaded.model, kernel)
-        return _Kernels(swap, layers=len(swap.layers), beside=beside)
+        return _Kernels(swap, replaced=swap.layers, layers=len(swap.layers), beside=beside)
     except UserError as error:
         return _Kernels(warnings=[str(error)] if sparse.achieved.scope else [], beside=beside)
 
@@ -151,9 +154,13 @@ def _running(sparse: SparseModel, kernels: _Kernels) -> Iterator[None]:
             stack.enter_context(installed(sparse.loaded.model, kernels.swap))
         stack.enter_context(sparse.running())
         if kernels.inputs:  # last: a method may run on other weights than the model's own
-            skips = skipping(sparse.loaded.model, kernels.inputs, kernels.outputs)
-            kernels.layers = len(stack.enter_context(skips))
-            kernels.beside |= set() if kernels.layers else {"activations"}
+            model = sparse.loaded.model
+            skips = stack.enter_context(skipping(model, kernels.inputs, kernels.outputs))
+            rest = packed(model, leave={*kernels.inputs, *kernels.outputs})  # pruned too, but not gated
+            stack.enter_context(installed(model, rest))
+            kernels.replaced = [*skips, *rest.layers]
+            kernels.layers = len(kernels.replaced)
+            kernels.beside |= set() if skips else {"activations"}
         if kernels.attention is not None:
             uses = [one.on_kernels() for one in sparse.applied.attachments if isinstance(one, SparseAttention)]
             kernels.attention = [stack.enter_context(use) for use in uses]
@@ -201,7 +208,7 @@ def _per_token(call: Call, number: int) -> float:
     return seconds / len(given[0])
 
 
-def _resident(sparse: SparseModel, swap: Swap | None) -> int:
+def _resident(sparse: SparseModel, replaced: list[Replaced]) -> int:
     """Bytes of all parameters while the model runs on its kernels."""
     whole = sum(parameter.numel() * parameter.element_size() for parameter in sparse.loaded.model.parameters())
-    return whole - (swap.dense_bytes - swap.bytes if swap else 0)
+    return whole - sum(one.dense_bytes - one.bytes for one in replaced)

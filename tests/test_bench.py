@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,24 @@ def test_a_report_as_table_and_as_json(monkeypatch: pytest.MonkeyPatch, command:
     assert answer.out.splitlines() == ["cores: 20", "  what  ratio", " dense      -", "bitmap  2.346", "a note"]
     found = json.loads(command("bench", "sweep", "format=json").out)
     assert found == {"rows": rows, "facts": {"cores": 100}, "notes": ["a note"]}
+
+
+def test_threads_that_share_a_core_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"what": "own", "verdict": "ok"}, {"what": "bitmap", "verdict": "noisy"}]
+    assert base.judged(rows, base.spread(1)) == rows and base.spread(1) == {"threads": 1}
+    assert base.judged(rows, {"threads": 2, "threads_gain": 1.9}) == rows
+    assert {row["verdict"] for row in base.judged(rows, {"threads": 2, "threads_gain": 1.05})} == {"stacked"}
+    monkeypatch.setattr(base, "_READ", 1 << 20)
+    assert base.spread(2)["threads"] == 2 and base.spread(2)["threads_gain"] > 0
+
+
+def test_binding_threads_to_cores_leaves_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_PROC_BIND", raising=False)
+    base.bound()
+    assert "OMP_PROC_BIND" not in os.environ
+    monkeypatch.setenv("OMP_PROC_BIND", "close")
+    base.bound()
+    assert os.environ["OMP_PROC_BIND"] == "close"
 
 
 def test_runs_that_do_nothing_go_through_the_engine(tmp_path: Path) -> None:

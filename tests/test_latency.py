@@ -57,6 +57,18 @@ def test_what_gates_drop_is_skipped(command: Command, words: list[str], layers: 
     assert record["bytes_decode"] < record["bytes_decode_dense"]
 
 
+@pytest.mark.parametrize(("gates", "least", "most"), [("teal", 0.75, 0.8), ("cats", 0.8, 0.85)])
+def test_a_stack_of_sparse_weights_and_activations(command: Command, gates: str, least: float, most: float) -> None:
+    """Bitmaps whose zero inputs are skipped, and bitmaps for layers that no gate acts on; only where rows of outputs
+    are skipped weights stay dense."""
+    stack = [f"method=[magnitude,{gates}]", "calibration.nsamples=2", "calibration.seqlen=64", "sparsity=0.5"]
+    answer = command(*SMALL, *stack, "kernel=auto")
+    assert answer.code == 0, answer.err
+    (record,) = answer.store.records()
+    assert (record["latency"], record["kernel_layers"]) == ("measured", 14) and record["kernel_error"] < 1e-5
+    assert least < record["bytes_resident"] / record["bytes_weights_dense"] < most
+
+
 def test_attention_that_no_kernel_runs_is_told(command: Command) -> None:
     answer = command(*SMALL, "method=local_sink", "sparsity=0.3", "kernel=auto")
     assert answer.code == 0, answer.err

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsebench.bench.base import Report, Say, threads
+from sparsebench.bench.base import Report, Say, judged, spread, threads
 from sparsebench.costs.paired import NOTE, Call, Measured, columns
 from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
@@ -53,14 +53,15 @@ def run(options: Options, say: Say) -> Report:
                 say(f"{phase}, {length} tokens")
                 torch.manual_seed(options.seed)
                 rows += (_prefill if phase == "prefill" else _decode)(options, length, place)
+        shared = spread(options.threads)
     facts = {
-        "kernels": build.status(options.device), "processor": place.name, "threads": options.threads,
+        "kernels": build.status(options.device), "processor": place.name, **shared,
         "dtype": "bfloat16", "dim": options.dim,
         "heads": f"{options.prefill_heads} (prefill), {options.heads}/{options.kv_heads} (decode)",
         "torch": torch.__version__, "rounds": options.repeats,
     }  # fmt: skip
     notes = ["vs_torch: torch's best dense path; vs_own: our kernel on everything; level: density or sparsity.", NOTE]
-    return Report(rows, facts, notes)
+    return Report(judged(rows, facts), facts, notes)
 
 
 def _prefill(options: Options, length: int, place: Place) -> list[dict[str, Any]]:

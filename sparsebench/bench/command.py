@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import sparsebench.bench
-from sparsebench.bench.base import Report
+from sparsebench.bench.base import Report, bound
 from sparsebench.config import parse_values
 from sparsebench.declare import options_of
 from sparsebench.errors import UserError, closest
@@ -34,6 +34,8 @@ def run(words: Sequence[str], given: dict[str, str]) -> str:
     format = given.pop("format", "table")
     if format not in ("table", "json"):
         raise UserError(f"format={format}: valid: table, json")
+    if given.get("threads", "1") != "1":
+        bound()
     module = importlib.import_module(f"sparsebench.bench.{words[0]}")
     report = module.run(_options(module, words[0], given), _say)
     return _json(report) if format == "json" else _table(report)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from sparsebench.bench.base import Report, Say, threads
+from sparsebench.bench.base import Report, Say, judged, spread, threads
 from sparsebench.costs.paired import NOTE, Call, columns, measure
 from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
 from sparsebench.kernels import build, ops
-from sparsebench.kernels.formats import NM, Bitmap, ColumnMajor
+from sparsebench.kernels.formats import NM, Bitmap, ColumnBitmap, ColumnMajor, Columns
 from sparsebench.kernels.swap import Replaced, SparseLinear, Swap, installed
 
 HEAD_DIM = 128
@@ -53,29 +53,25 @@ class _Dense(nn.Module):
 
 
 class _Skipping(nn.Module):
-    """A dense weight that reads only the inputs beyond their own quantile: TEAL's kernel at a known level."""
+    """A weight, dense or a bitmap, that is read only for inputs beyond a threshold: TEAL's kernel at a known level.
 
-    def __init__(self, weight: Tensor, sparsity: float) -> None:
+    The threshold is found on the first token, as a method fits it before it decodes; the token is the same in every
+    call."""
+
+    def __init__(self, matrix: Columns, sparsity: float) -> None:
         super().__init__()
-        self.matrix, self.count = ColumnMajor.from_dense(weight), max(1, int(sparsity * weight.shape[1]))
+        self.matrix, self.count = matrix, max(1, int(sparsity * matrix.columns))
+        self.threshold: float | None = None
+
+    @property
+    def read(self) -> int:
+        """Bytes of the weights that a token reads."""
+        return int((1 - self.count / self.matrix.columns) * self.matrix.nbytes)
 
     def forward(self, x: Tensor) -> Tensor:
-        threshold = float(x.abs().flatten().kthvalue(self.count).values)
-        return ops.skipping_linear(x, self.matrix, threshold)
-
-
-class _Both(nn.Module):
-    """Sparse weights stacked with sparse inputs: the bitmap has no columns to skip, so the inputs are set to zero."""
-
-    def __init__(self, linear: SparseLinear, sparsity: float) -> None:
-        super().__init__()
-        self.linear, self.count = linear, max(1, int(sparsity * linear.in_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        size = x.abs()
-        kept = torch.where(size <= size.flatten().kthvalue(self.count).values, 0, x)
-        result: Tensor = self.linear(kept)
-        return result
+        if self.threshold is None:
+            self.threshold = float(x.abs().flatten().kthvalue(self.count).values)
+        return ops.skipping_linear(x, self.matrix, self.threshold)
 
 
 def run(options: Options, say: Say) -> Report:
@@ -105,16 +101,15 @@ def _report(options: Options, say: Say) -> Report:
         rows.append(row | {"linear_mb": size / 1e6, "verdict": result.verdict(row["vs_own"], dense / size)})
     parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = {
-        "kernels": build.status(), "threads": options.threads, "parameters": f"{parameters / 1e9:.2f}e9",
+        "kernels": build.status(), **spread(options.threads), "parameters": f"{parameters / 1e9:.2f}e9",
         "dtype": "bfloat16", "context": options.context, "torch": torch.__version__, "rounds": options.repeats,
     }  # fmt: skip
     notes = [
         "linear_mb: weights of the blocks' linear layers; attention, norms, head and Python are the same everywhere.",
-        "columns: dense weights, inputs beyond a threshold; 'w+x': sparse weights on such inputs, which are zeroed and "
-        "not skipped, so it costs what the weights alone cost.",
+        "columns: dense weights, inputs beyond a threshold; w+x: sparse weights on them; linear_mb: what is read.",
         NOTE,
     ]
-    return Report(rows, facts, notes)
+    return Report(judged(rows, facts), facts, notes)
 
 
 def _model(options: Options) -> PreTrainedModel:
@@ -153,12 +148,10 @@ def _variants(model: PreTrainedModel, options: Options, say: Say) -> dict[str, S
         pairs = rank.view(len(weight), -1, 4).argsort(-1).argsort(-1).view(weight.shape) < 2
         half = NM.from_dense(weight, 2, 4, pairs)
         modules["2:4"] = (SparseLinear(half, None), half.nbytes)
-        columns_name = f"columns {options.activations:g}"
-        kept = 1 - max(1, int(options.activations * weight.shape[1])) / weight.shape[1]
-        modules[columns_name] = (_Skipping(weight, options.activations), int(kept * _bytes(weight)))
-        first, size = modules[f"bitmap {options.sparsity[0]:g}"]
-        if isinstance(first, SparseLinear):
-            modules[_stacked(options)] = (_Both(first, options.activations), size)
+        both = ColumnBitmap.from_dense(weight, rank >= options.sparsity[0])
+        for variant, matrix in ((_columns(options), ColumnMajor.from_dense(weight)), (_stacked(options), both)):
+            skipping = _Skipping(matrix, options.activations)
+            modules[variant] = (skipping, skipping.read)
         for variant, (module, taken) in modules.items():
             swap = found[variant]
             swap.modules[name] = module
@@ -169,7 +162,11 @@ def _variants(model: PreTrainedModel, options: Options, say: Say) -> dict[str, S
 
 def _names(options: Options) -> list[str]:
     weights = [f"bitmap {level:g}" for level in options.sparsity]
-    return ["own", *weights, "2:4", f"columns {options.activations:g}", _stacked(options)]
+    return ["own", *weights, "2:4", _columns(options), _stacked(options)]
+
+
+def _columns(options: Options) -> str:
+    return f"columns {options.activations:g}"
 
 
 def _stacked(options: Options) -> str:

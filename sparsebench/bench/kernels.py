@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsebench.bench.base import Report, Say, threads
+from sparsebench.bench.base import Report, Say, judged, spread, threads
 from sparsebench.costs.paired import NOTE, Call, Measured, columns
 from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
 from sparsebench.kernels import build, ops
-from sparsebench.kernels.formats import NM, Bitmap, ColumnMajor, GroupQuantised
+from sparsebench.kernels.formats import NM, Bitmap, ColumnBitmap, ColumnMajor, Columns, GroupQuantised
 from sparsebench.kernels.gpu.layout import SemiStructured, uploaded
 from sparsebench.kernels.gpu.timing import Place
 
@@ -38,14 +38,16 @@ class Options(Declared):
     sparsity: tuple[float, ...] = option((0.5, 0.6, 0.7, 0.8, 0.9), "zeros / all", low=0.0, high=0.99)
     formats: tuple[str, ...] = option(
         ("bitmap", "2:4", "columns", "csr"),
-        "kernels; columns: sparse inputs; w4: 4-bit groups; csr: torch's",
-        choices=("bitmap", "2:4", "columns", "w4", "csr"),
+        "kernels; columns: sparse inputs; both: bitmap and sparse inputs, each; w4: 4-bit groups; csr: torch's",
+        choices=("bitmap", "2:4", "columns", "both", "w4", "csr"),
     )
     dtype: str = option("bfloat16", "number format", choices=("bfloat16", "float32"))
     batch: int = option(1, "rows of input", low=1, high=64)
     device: str = option("cpu", "where to run; cuda: with Triton", choices=("cpu", "cuda"))
     threads: int = option(1, "threads", low=1, high=1024)
-    isa: str = option("auto", "instruction set", choices=("auto", "avx512", "avx2", "portable", "reference"))
+    isa: str = option(
+        "auto", "instruction set", choices=("auto", "avx512", "avx512vbmi2", "avx2", "neon", "portable", "reference")
+    )
     repeats: int = option(21, "rounds of pairs", low=3, high=10000)
     seed: int = option(0, "of the random weights", low=0)
 
@@ -67,15 +69,16 @@ def run(options: Options, say: Say) -> Report:
     place = Place.named(options.device)
     if options.device == "cuda" and options.isa != "auto":
         raise UserError(f"isa={options.isa}: instruction sets are the CPU's; with device=cuda leave it at auto")
-    if options.device == "cuda" and "w4" in options.formats:
-        raise UserError("formats=w4: there is no GPU kernel for 4-bit groups; with device=cuda leave it out")
+    for format, what in (("w4", "4-bit groups"), ("both", "bitmaps and sparse inputs at once")):
+        if options.device == "cuda" and format in options.formats:
+            raise UserError(f"formats={format}: there is no GPU kernel for {what}; with device=cuda leave it out")
     isa = build.best_isa() if options.isa == "auto" else options.isa
     with threads(options.threads), build.using(isa), torch.inference_mode():
         rows = [row for shape in shapes for row in _measured(options, shape, place, say)]
-        facts = {
+        facts: dict[str, Any] = {
             "kernels": build.status(options.device),
             "processor": place.name,
-            "threads": options.threads,
+            **spread(options.threads),
             "dtype": options.dtype,
             "batch": options.batch,
             "torch": torch.__version__,
@@ -87,7 +90,7 @@ def run(options: Options, say: Say) -> Report:
         *(["On a GPU there is no own dense kernel: vs_own is empty."] if options.device == "cuda" else []),
         NOTE,
     ]
-    return Report(rows, facts, notes)
+    return Report(judged(rows, facts), facts, notes)
 
 
 def _measured(options: Options, shape: tuple[int, int], place: Place, say: Say) -> list[dict[str, Any]]:
@@ -157,8 +160,9 @@ def _prepacked(weight: Tensor, x: Tensor, size: int, place: Place) -> Call | Non
 def _cases(format: str, weight: Tensor, x: Tensor, options: Options, place: Place) -> list[_Case]:
     if format == "2:4":
         return [_sparse(format, 0.5, weight, x, place)]
-    levels = [level for level in options.sparsity if format != "columns" or len(x) == 1]
-    return [(_columns if format == "columns" else _sparse)(format, level, weight, x, place) for level in levels]
+    if format not in ("columns", "both"):
+        return [_sparse(format, level, weight, x, place) for level in options.sparsity]
+    return [_columns(format, level, weight, x, place) for level in options.sparsity if len(x) == 1]
 
 
 def _sparse(format: str, sparsity: float, weight: Tensor, x: Tensor, place: Place) -> _Case:
@@ -199,13 +203,17 @@ def _packed(format: str, sparsity: float, weight: Tensor) -> tuple[Any, Tensor]:
 
 
 def _columns(format: str, sparsity: float, weight: Tensor, x: Tensor, place: Place) -> _Case:
-    """Dense weights and inputs of one sparsity; the choice of the inputs is timed with the product."""
+    """Inputs of one sparsity, and weights too if ``both``; the choice of the inputs is timed with the product."""
     count = int(sparsity * x.numel())
     threshold = float(x.abs().float().flatten().sort().values[count - 1]) if count else -1.0
-    matrix, given = ColumnMajor.from_dense(weight.to(place.device)), x.to(place.device)
+    if format == "both":
+        weight = torch.where(torch.rand(weight.shape) >= sparsity, weight, 0)
+    made = ColumnBitmap if format == "both" else ColumnMajor
+    matrix: Columns = made.from_dense(weight.to(place.device))
+    given = x.to(place.device)
     beyond = torch.where(x.abs() <= threshold, 0, x)
-    ready = place.copies(matrix, matrix.nbytes, lambda one: ColumnMajor(one.weight.clone()))
-    size = int(torch.count_nonzero(beyond)) * weight.shape[0] * weight.element_size()
+    ready = place.copies(matrix, matrix.nbytes, _clone)
+    size = int(torch.count_nonzero(beyond)) * matrix.nbytes // x.numel()
     call: Callable[[int], object] = lambda i: ops.skipping_linear(given, ready[i % len(ready)], threshold)  # noqa: E731
     return _Case(format, sparsity, size, call, _product(beyond, weight))
 

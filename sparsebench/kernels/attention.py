@@ -221,7 +221,8 @@ def kv_attention(
 
     q: (heads, dim), float32 or bfloat16; heads share kv heads in order. recent_keys, recent_values: (kv_heads, recent,
     dim) bfloat16, the newest tokens. Returns (heads, dim) in the dtype of q; zeros if there is no token at all.
-    ``scale``: dim ** -0.5 if not given. On AVX-512 and on the GPU queries and probabilities are rounded to bfloat16.
+    ``scale``: dim ** -0.5 if not given. Where there is bfloat16 arithmetic (``avx512``, the GPU) queries and
+    probabilities are rounded to it.
     """
     heads, dim = q.shape
     fits = (keys.heads, keys.dim, keys.tokens) == (values.heads, values.dim, values.tokens)

@@ -1,11 +1,11 @@
 """The C kernels: compiled on first use with the system's compiler, kept in a cache, called through ctypes.
 
-One library per instruction set (``avx512``: F, BW, VL, DQ, VBMI2 and BF16; ``avx2``: with FMA and F16C; ``portable``:
-what the compiler targets by itself), each compiled with flags of its own, so that a machine never runs what its
-processor lacks and a cluster's home folder can be shared by different machines. A library's name in the cache is a
-hash of sources, flags, compiler version and instruction set; it is written aside and renamed, so processes that
-start together at worst compile the same thing twice. Without a working compiler there is no library and the torch
-reference runs instead; ``status`` says which.
+One library per instruction set (``avx512``: F, BW, VL, DQ, VBMI2 and BF16; ``avx512vbmi2``: these without BF16;
+``avx2``: with FMA and F16C; ``neon``: of 64-bit ARM; ``portable``: what the compiler targets by itself), each compiled
+with flags of its own, so that a machine never runs what its processor lacks and a cluster's home folder can be shared
+by different machines. A library's name in the cache is a hash of sources, flags, compiler version and instruction set;
+it is written aside and renamed, so processes that start together at worst compile the same thing twice. Without a
+working compiler there is no library and the torch reference runs instead; ``status`` says which.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch  # loaded before the kernels, so that both use one OpenMP runtime and its threads
@@ -38,11 +39,19 @@ _COMMON = (
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),  # NaN and infinity stay what they are
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi", "-mbmi2")
-_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi2", "-mavx512bf16")
-_FLAGS = {"avx512": (*_AVX2, *_AVX512), "avx2": _AVX2, "portable": ()}  # best first
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi2")
+_FLAGS = {  # best first
+    "avx512": (*_AVX512, "-mavx512bf16"),
+    "avx512vbmi2": _AVX512,
+    "avx2": _AVX2,
+    "neon": ("-DSB_NEON",),
+    "portable": (),
+}
 _NEEDS = {
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vbmi2", "avx512_bf16"},
+    "avx512vbmi2": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vbmi2"},
     "avx2": {"avx2", "fma", "f16c", "popcnt", "bmi1", "bmi2"},
+    "neon": {"asimd"},
 }
 _SECONDS = 120  # a compiler that takes longer counts as broken
 
@@ -70,12 +79,14 @@ def library() -> Library | None:
     isa = _forced[-1] if _forced else best_isa()
     if isa == REFERENCE:
         return None
-    with _lock:
-        if isa not in _loaded:
-            _loaded[isa] = _make(isa)
-            if isinstance(_loaded[isa], str):
-                _log.warning("sparse kernels: the torch reference runs instead (%s)", _loaded[isa])
-        found = _loaded[isa]
+    found = _loaded.get(isa)  # every product asks
+    if found is None:
+        with _lock:
+            if isa not in _loaded:
+                _loaded[isa] = _make(isa)
+                if isinstance(_loaded[isa], str):
+                    _log.warning("sparse kernels: the torch reference runs instead (%s)", _loaded[isa])
+            found = _loaded[isa]
     return None if isinstance(found, str) else found
 
 
@@ -110,13 +121,17 @@ def using(isa: str) -> Iterator[None]:
 
 def supported() -> list[str]:
     """The instruction sets whose kernels this machine can run, best first."""
-    features = _features()
-    return [isa for isa in _FLAGS if _NEEDS.get(isa, set()) <= features]
+    return list(_supported())
 
 
 def best_isa() -> str:
     """The best of ``supported``."""
-    return supported()[0]
+    return next(_supported())
+
+
+def _supported() -> Iterator[str]:
+    features = _features()
+    return (isa for isa in _FLAGS if isa not in _NEEDS or _NEEDS[isa] <= features)
 
 
 def forget() -> None:
@@ -131,8 +146,11 @@ def cache_folder() -> Path:
     return (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "sparsebench" / "kernels"
 
 
+@cache
 def _features() -> set[str]:
     """The processor's features as Linux names them; empty where it does not say (then: portable)."""
+    if platform.machine() in ("aarch64", "arm64"):
+        return {"asimd"}  # every processor of this kind has it
     if platform.machine() not in ("x86_64", "AMD64"):
         return set()
     try:
@@ -198,6 +216,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "sb_bitmap_gemm": (_P, _P, _P, _L, _I, _L, _L, _P, _L, _P, _P, _I),
     "sb_bitmap_unpack": (_P, _P, _P, _L, _I, _L, _L, _P, _I),
     "sb_columns_gemv": (_P, _I, _L, _L, _P, _F, _P, _P, _P, _I),
+    "sb_strips_gemv": (_P, _P, _P, _P, _I, _L, _L, _L, _P, _F, _P, _P, _I),
+    "sb_strips_unpack": (_P, _P, _P, _P, _I, _L, _L, _L, _P, _I),
     "sb_groups_gemm": (_P, _P, _I, _P, _P, _P, _L, _L, _L, _I, _P, _L, _P, _P, _I),
     "sb_blocks_attention": (_P, _P, _P, _I, *(_L,) * 5, _F, _L, _P, _P, _P, _P, _I),
     "sb_kv_attention": (_P, _I, _L, _L, _L, _F, _P, _P, _L, _L, _L, _L, _P, _P, _L, _P, _I),

@@ -1,7 +1,8 @@
 """Compressed weight matrices: packing, unpacking, and how many bytes they really take.
 
 ``Bitmap`` holds any mask, ``NM`` n kept of every m columns, ``GroupQuantised`` whole groups of 4-bit values (GQSA,
-Zeng et al. 2024), ``ColumnMajor`` a dense matrix ordered for skipping inputs (TEAL, CATS, R-Sparse). The bits say
+Zeng et al. 2024), ``ColumnMajor`` a dense matrix ordered for skipping inputs (TEAL, CATS, R-Sparse), ``ColumnBitmap``
+a sparse one. The bits say
 "kept", as a pruning mask does: an entry that was kept and happens to be zero stays. ``dense`` gives back exactly what
 was packed. Bits are held in int64 because torch's uint64 can do little; bit j of a word (bit 0 the lowest) is column
 64 * block + j.
@@ -23,7 +24,10 @@ from sparsebench.errors import UserError
 
 ROWS = 4  # rows that share a stream of values
 BLOCK = 64  # columns to a mask word
+MARK = 16  # mask words to an offset of ``ColumnBitmap``
+STRIP = 64  # most mask words of one input that lie together: the sums of so many outputs stay in a core's own cache
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MOST = 2**31 - 1  # what an offset can say
 PADDING = 64  # bytes behind the last value, for kernels that read whole vectors
 
 
@@ -196,6 +200,16 @@ class ColumnMajor:
         """``weight``: (out, in)."""
         return cls(weight.detach().t().contiguous())
 
+    @property
+    def rows(self) -> int:
+        """Outputs."""
+        return self.weight.shape[1]
+
+    @property
+    def columns(self) -> int:
+        """Inputs."""
+        return self.weight.shape[0]
+
     def dense(self) -> Tensor:
         """(out, in), a view."""
         return self.weight.t()
@@ -204,6 +218,75 @@ class ColumnMajor:
     def nbytes(self) -> int:
         """Bytes of the weight."""
         return _size(self.weight)
+
+
+@dataclass(frozen=True)
+class ColumnBitmap:
+    """A matrix (``rows``, ``columns``) of any mask for inputs of which some are skipped: what is kept of one input's
+    weights lies together.
+
+    The outputs are cut into equal strips of at most 64 * ``STRIP``. ``mask``: int64 (strips, columns, words), bit j of
+    word w is output 64 * (strip * words + w) + j; ``values``: 1-D, kept entries in the order (strip, input, ascending
+    output), then 64 spare bytes; ``starts``: int64 (strips), where a strip's values begin; ``offsets``: int32 (strips,
+    columns, words / ``MARK`` rounded up), where those of every ``MARK``-th word of an input do in its strip.
+    """
+
+    rows: int
+    columns: int
+    mask: Tensor
+    values: Tensor
+    starts: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, kept: Tensor | None = None) -> ColumnBitmap:
+        """Packs ``weight`` (out, in); ``kept``: (out, in) bool, what is nonzero if not given."""
+        weight, kept = _checked(weight, kept)
+        rows, columns = weight.shape
+        blocks = max(1, blocks_of(rows))
+        strips = -(-blocks // STRIP)
+        words = -(-blocks // strips)
+        bits, ordered = (_in_strips(one, strips, words) for one in (kept, weight))
+        packed = np.packbits(bits.numpy(), axis=-1, bitorder="little").view(np.int64)
+        mask = torch.from_numpy(packed).view(strips, columns, words)
+        values = torch.from_numpy(_whole_numbers(ordered)[bits.numpy()]).view(weight.dtype)
+        counts = popcount(mask)
+        whole = counts.sum((1, 2))
+        if int(whole.max()) > _MOST:
+            raise ValueError(f"a strip of {BLOCK * words} outputs keeps more than {_MOST} entries")
+        offsets = (counts.flatten(1).cumsum(1) - counts.flatten(1)).view_as(counts)[..., ::MARK]
+        return cls(rows, columns, mask, padded(values), whole.cumsum(0) - whole, offsets.int().contiguous())
+
+    def dense(self) -> Tensor:
+        """(rows, columns), zeros where nothing was kept."""
+        strips, columns, words = self.mask.shape
+        octets = self.mask.contiguous().numpy().view(np.uint8).reshape(strips, columns, words * BLOCK // 8)
+        bits = np.unpackbits(octets, axis=-1, bitorder="little").view(bool)
+        full = torch.zeros(bits.shape, dtype=self.values.dtype)
+        _whole_numbers(full)[bits] = _whole_numbers(self.stored)
+        return full.transpose(1, 2).reshape(strips * words * BLOCK, columns)[: self.rows].contiguous()
+
+    @property
+    def stored(self) -> Tensor:
+        """The values without the spare bytes, a view."""
+        return self.values[: self.values.numel() - PADDING // self.values.element_size()]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of mask, values and offsets, without the spare ones."""
+        return _size(self.mask, self.stored, self.starts, self.offsets)
+
+    @property
+    def density(self) -> float:
+        """Kept entries / all."""
+        return self.stored.numel() / max(1, self.rows * self.columns)
+
+
+def _in_strips(matrix: Tensor, strips: int, words: int) -> Tensor:
+    """(out, in) -> (strips, in, 64 * words), with outputs of zero behind the last."""
+    rows, columns = matrix.shape
+    whole = torch.nn.functional.pad(matrix, (0, 0, 0, strips * words * BLOCK - rows))
+    return whole.view(strips, words * BLOCK, columns).transpose(1, 2).contiguous()
 
 
 @dataclass(frozen=True)
@@ -273,3 +356,4 @@ class GroupQuantised:
 
 
 Matrix = Bitmap | NM | GroupQuantised
+Columns = ColumnMajor | ColumnBitmap

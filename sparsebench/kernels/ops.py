@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from sparsebench.kernels import gpu, reference
 from sparsebench.kernels.build import Library, library
-from sparsebench.kernels.formats import NM, Bitmap, ColumnMajor, GroupQuantised, Matrix
+from sparsebench.kernels.formats import NM, Bitmap, ColumnBitmap, ColumnMajor, Columns, GroupQuantised, Matrix
 from sparsebench.kernels.gpu.layout import Packed, SemiStructured, Tiles
 
 MOST_ROWS = 16  # of input, for which a kernel multiplies without unpacking
@@ -58,20 +58,23 @@ def linear(x: Tensor, weight: Matrix | Packed, bias: Tensor | None = None) -> Te
     return out
 
 
-def skipping_linear(x: Tensor, weight: ColumnMajor, threshold: float, bias: Tensor | None = None) -> Tensor:
+def skipping_linear(x: Tensor, weight: Columns, threshold: float, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times weight (out, in), reading only the weights of inputs with not ``|x| <= threshold``.
 
     One row of input goes through the kernel; several rows select different inputs and are multiplied densely.
+    ``ColumnBitmap`` has kernels on the CPU alone.
     """
-    inputs, outputs = weight.weight.shape
+    inputs, outputs = weight.columns, weight.rows
     _check("skipping_linear", x, inputs, bias, outputs)
-    if x.is_cuda and x.numel() == inputs and gpu.takes(x, weight.weight, bias):
+    if isinstance(weight, ColumnBitmap):
+        return _strips(x, weight, threshold, bias)
+    if x.is_cuda and _one_row(x) and gpu.takes(x, weight.weight, bias):
         from sparsebench.kernels.gpu import columns
 
         with torch.cuda.device_of(x):
             return columns.linear(x, weight.weight, threshold, bias)
     kernels = _kernels(x, bias, weight.weight.dtype)
-    if kernels is None or x.numel() != inputs:
+    if kernels is None or not _one_row(x):
         return reference.skipping_linear(x, weight, threshold, bias)
     out = x.new_empty(*x.shape[:-1], outputs)
     selected = ctypes.c_int64()
@@ -83,10 +86,12 @@ def skipping_linear(x: Tensor, weight: ColumnMajor, threshold: float, bias: Tens
     return out
 
 
-def unpacked(weight: Bitmap | NM) -> Tensor:
-    """The dense matrix (out, in), by the kernels where there are any."""
+def unpacked(weight: Bitmap | NM | ColumnBitmap) -> Tensor:
+    """The dense matrix (out, in), by the kernels where there are any; of ``ColumnBitmap`` then a transposed view."""
     kernels = library() if weight.values.dtype in CODES else None
-    return weight.dense() if kernels is None else _unpacked(kernels, weight)
+    if kernels is None:
+        return weight.dense()
+    return _strips_unpacked(kernels, weight) if isinstance(weight, ColumnBitmap) else _unpacked(kernels, weight)
 
 
 def selected_linear(x: Tensor, weight: Tensor, kept: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -98,7 +103,7 @@ def selected_linear(x: Tensor, weight: Tensor, kept: Tensor, bias: Tensor | None
     if kept.shape != (outputs,) or kept.dtype != torch.bool or not kept.is_contiguous():
         raise ValueError(f"selected_linear: kept must be a contiguous vector of {outputs} bools")
     kernels = _kernels(x, bias, weight.dtype)
-    if kernels is None or x.numel() != inputs:
+    if kernels is None or not _one_row(x):
         return reference.selected_linear(x, weight, kept, bias)
     return _rows(kernels, x, weight, kept, bias)
 
@@ -155,6 +160,34 @@ def _unpacked(kernels: Library, weight: Bitmap | NM) -> Tensor:
     return out
 
 
+def _strips(x: Tensor, weight: ColumnBitmap, threshold: float, bias: Tensor | None) -> Tensor:
+    kernels = _kernels(x, bias, weight.values.dtype)
+    if kernels is None:
+        return reference.skipping_linear(x, weight, threshold, bias)
+    if not _one_row(x):
+        dense = ColumnMajor(_strips_unpacked(kernels, weight).t())
+        return reference.skipping_linear(x, dense, threshold, bias)
+    out = x.new_empty(*x.shape[:-1], weight.rows)
+    _run(
+        kernels.calls.sb_strips_gemv,
+        *_columns(weight), x.data_ptr(), threshold, _pointer(bias), out.data_ptr(), kernels.threads(),
+    )  # fmt: skip
+    return out
+
+
+def _strips_unpacked(kernels: Library, weight: ColumnBitmap) -> Tensor:
+    out = torch.empty(weight.columns, weight.rows, dtype=weight.values.dtype)
+    _run(kernels.calls.sb_strips_unpack, *_columns(weight), out.data_ptr(), kernels.threads())
+    return out.t()
+
+
+def _columns(weight: ColumnBitmap) -> tuple[Any, ...]:
+    """The leading arguments of the strips' kernels."""
+    parts = (weight.mask, weight.values, weight.starts, weight.offsets)
+    code = CODES[weight.values.dtype]
+    return *(part.data_ptr() for part in parts), code, weight.columns, weight.rows, weight.mask.shape[-1]
+
+
 def _groups(kernels: Library, x: Tensor, weight: GroupQuantised, bias: Tensor | None, rows: int) -> Tensor:
     if rows > MOST_ROWS:
         return reference.linear(x, weight, bias)
@@ -194,6 +227,10 @@ def _check(name: str, x: Tensor, inputs: int, bias: Tensor | None, outputs: int)
         raise ValueError(f"{name}: x must be contiguous (its strides are {x.stride()}); call x.contiguous()")
     if bias is not None and (bias.shape != (outputs,) or not bias.is_contiguous()):
         raise ValueError(f"{name}: bias must be a contiguous vector of {outputs}")
+
+
+def _one_row(x: Tensor) -> bool:
+    return x.shape[:-1].numel() == 1
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

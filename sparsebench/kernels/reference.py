@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsebench.kernels.formats import ColumnMajor, Matrix
+from sparsebench.kernels.formats import Columns, Matrix
 from sparsebench.kernels.gpu.layout import Packed
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def linear(x: Tensor, weight: Matrix | Packed, bias: Tensor | None = None) -> Te
     return functional.linear(x, weight.dense().to(device=x.device, dtype=x.dtype), bias)
 
 
-def skipping_linear(x: Tensor, weight: ColumnMajor, threshold: float, bias: Tensor | None = None) -> Tensor:
+def skipping_linear(x: Tensor, weight: Columns, threshold: float, bias: Tensor | None = None) -> Tensor:
     """x (..., in) -> (..., out), with every entry of x that is not beyond the threshold set to zero.
 
     ``|x| <= threshold`` is what goes, compared in the dtype of x; a NaN stays.

@@ -1,44 +1,61 @@
 """Linear layers that do not read the weights of inputs that are zero, or of outputs that are not needed.
 
-One token at a time: several tokens select differently and are multiplied densely.
+One token at a time: several tokens select differently and are multiplied densely. A weight that is sparse itself
+becomes a bitmap, so that of the inputs that count only the kept weights are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeGuard
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsebench.kernels import ops
-from sparsebench.kernels.formats import ColumnMajor
+from sparsebench.kernels.formats import ColumnBitmap, ColumnMajor
+from sparsebench.kernels.swap import Replaced, pays
 
 Forward = Callable[[Tensor], Tensor]
 Needed = Callable[[], Tensor | None]  # asked before a layer runs: which outputs (out, bool), None where all
 
 
+@dataclass(frozen=True)
+class _Made:
+    """How a layer runs, and what its weight is held in: format, kept / all, bytes."""
+
+    forward: Forward
+    format: str
+    density: float
+    bytes: int
+
+
 @contextmanager
-def skipping(model: nn.Module, inputs: Iterable[str], outputs: Mapping[str, Needed]) -> Iterator[list[str]]:
+def skipping(model: nn.Module, inputs: Iterable[str], outputs: Mapping[str, Needed]) -> Iterator[list[Replaced]]:
     """The block runs with the layers ``inputs`` skipping the inputs that are exactly 0, and ``outputs`` those outputs
     that are not needed; then they are as before. Both by name; the weights are those of now.
 
-    Gives the names of the layers that do: plain ``nn.Linear`` for which there is a kernel. Hooks on a layer stay, as
-    what they zero is what is skipped.
+    Gives the layers that do, and in which format: plain ``nn.Linear`` for which there is a kernel. Hooks on a layer
+    stay, as what they zero is what is skipped.
     """
-    changed: list[tuple[str, nn.Linear]] = []
-    made = dict.fromkeys(inputs, _on_columns) | {name: _on_rows(needed) for name, needed in outputs.items()}
+    changed: list[nn.Linear] = []
+    layers: list[Replaced] = []
+    makers = dict.fromkeys(inputs, _on_columns) | {name: _on_rows(needed) for name, needed in outputs.items()}
     try:
-        for name, make in made.items():
+        for name, make in makers.items():
             module = model.get_submodule(name)
             if _fits(module, name in outputs):
                 # on the instance: replacing the module would lose the hooks, which hold what is skipped
-                module.forward = make(module)  # type: ignore[method-assign, assignment]
-                changed.append((name, module))
-        yield [name for name, _ in changed]
+                made = make(module)
+                module.forward = made.forward  # type: ignore[method-assign, assignment]
+                changed.append(module)
+                dense = module.weight.numel() * module.weight.element_size()
+                layers.append(Replaced(name, made.format, made.density, made.bytes, dense))
+        yield layers
     finally:
-        for _, module in changed:
+        for module in changed:
             del module.forward
 
 
@@ -50,8 +67,10 @@ def _fits(module: nn.Module, by_output: bool) -> TypeGuard[nn.Linear]:
     return module.weight.dtype in ops.dtypes_on(device) and (device == "cpu" or not by_output)
 
 
-def _on_columns(module: nn.Linear) -> Forward:
+def _on_columns(module: nn.Linear) -> _Made:
     weight, bias = _tensors(module)
+    if weight.device.type == "cpu" and pays(weight):
+        return _on_bitmap(module.in_features, ColumnBitmap.from_dense(weight), bias)
     columns = ColumnMajor.from_dense(weight)
 
     def forward(x: Tensor) -> Tensor:
@@ -59,11 +78,20 @@ def _on_columns(module: nn.Linear) -> Forward:
             return ops.skipping_linear(x.contiguous(), columns, 0.0, bias)
         return F.linear(x, weight, bias)
 
-    return forward
+    return _Made(forward, "columns", 1.0, columns.nbytes)
 
 
-def _on_rows(needed: Needed) -> Callable[[nn.Linear], Forward]:
-    def make(module: nn.Linear) -> Forward:
+def _on_bitmap(inputs: int, columns: ColumnBitmap, bias: Tensor | None) -> _Made:
+    def forward(x: Tensor) -> Tensor:
+        if x.numel() == inputs:
+            return ops.skipping_linear(x.contiguous(), columns, 0.0, bias)
+        return F.linear(x, ops.unpacked(columns), bias)
+
+    return _Made(forward, "bitmap of columns", columns.density, columns.nbytes)
+
+
+def _on_rows(needed: Needed) -> Callable[[nn.Linear], _Made]:
+    def make(module: nn.Linear) -> _Made:
         weight, bias = _tensors(module)
 
         def forward(x: Tensor) -> Tensor:
@@ -72,7 +100,7 @@ def _on_rows(needed: Needed) -> Callable[[nn.Linear], Forward]:
                 return ops.selected_linear(x.contiguous(), weight, kept, bias)
             return F.linear(x, weight, bias)
 
-        return forward
+        return _Made(forward, "rows", 1.0, weight.numel() * weight.element_size())
 
     return make
 

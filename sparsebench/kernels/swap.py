@@ -8,7 +8,7 @@ parameter, and sparse enough to pay: a dense kernel at memory speed is faster th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -123,15 +123,25 @@ def swapped(model: nn.Module, kind: str = "auto") -> Iterator[Swap]:
 
 
 def plan(model: nn.Module, kind: str = "auto") -> Swap:
-    """Packs the eligible layers without replacing them; ``installed`` does that, as often as wanted."""
+    """Packs the eligible layers without replacing them; ``installed`` does that, as often as wanted. UserError for
+    another kind, or if no layer is eligible."""
     if kind not in KINDS:
         raise UserError(f"kernel={kind}: valid: none, {', '.join(KINDS)}")
+    swap = packed(model, kind)
+    if not swap.layers:
+        why = "; ".join(f"{count} {reason}" for reason, count in Counter(swap.skipped.values()).most_common(3))
+        raise UserError(f"kernel={kind}: no linear layer to replace ({why or 'the model has none'})")
+    return swap
+
+
+def packed(model: nn.Module, kind: str = "auto", leave: Collection[str] = ()) -> Swap:
+    """``plan`` of the layers not named in ``leave``, which may be none."""
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     swap = Swap(build.status(device) if kind == "auto" else "reference")
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear) or name in leave:
             continue
         form = stored_form(module, module.weight)
         groups = None if form is None else form.matrix  # what a method quantised runs as it is
@@ -147,9 +157,6 @@ def plan(model: nn.Module, kind: str = "auto") -> Swap:
         swap.modules[name] = SparseLinear(matrix, bias, kind)
         size = weight.numel() * weight.element_size()
         swap.layers.append(Replaced(name, format_of(matrix), matrix.density, matrix.nbytes, size))
-    if not swap.layers:
-        why = "; ".join(f"{count} {reason}" for reason, count in Counter(swap.skipped.values()).most_common(3))
-        raise UserError(f"kernel={kind}: no linear layer to replace ({why or 'the model has none'})")
     return swap
 
 
@@ -201,8 +208,12 @@ def _unfit(module: nn.Linear, is_head: bool, shared: bool, zeros_must_pay: bool)
         return "in 4-bit groups, for which there is no GPU kernel"
     if weight.dtype not in taken:
         return f"in {str(weight.dtype).removeprefix('torch.')}"
-    zeros = 1 - float(torch.count_nonzero(weight)) / max(1, weight.numel())
-    return None if zeros >= PAYS_FROM or not zeros_must_pay else f"less than {PAYS_FROM:.0%} zeros"
+    return None if pays(weight) or not zeros_must_pay else f"less than {PAYS_FROM:.0%} zeros"
+
+
+def pays(weight: Tensor) -> bool:
+    """Whether a bitmap of a weight is faster than the weight."""
+    return 1 - float(torch.count_nonzero(weight)) / max(1, weight.numel()) >= PAYS_FROM
 
 
 def format_of(matrix: Matrix | Packed) -> str:

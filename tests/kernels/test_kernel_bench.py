@@ -15,12 +15,12 @@ from sparsebench.kernels import build
 def test_kernels_table() -> None:
     report = kernels.run(
         kernels.Options(
-            shapes=("48x80",), sparsity=(0.5,), formats=("bitmap", "2:4", "columns", "w4", "csr"), repeats=3
+            shapes=("48x80",), sparsity=(0.5,), formats=("bitmap", "2:4", "columns", "both", "w4", "csr"), repeats=3
         ),
         lambda text: None,
     )
     names = [row["kernel"] for row in report.rows if row["kernel"] != "onednn"]
-    assert names == ["torch", "own", "read", "bitmap", "2:4", "columns", "w4", "csr"]
+    assert names == ["torch", "own", "read", "bitmap", "2:4", "columns", "both", "w4", "csr"]
     assert len({tuple(row) for row in report.rows}) == 1 and report.facts["kernels"] == build.status()
     bound = {row["kernel"]: row["bound"] for row in report.rows}
     assert bound["torch"] == 1 and 1.5 < bound["bitmap"] < 1.9

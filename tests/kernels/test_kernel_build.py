@@ -74,5 +74,10 @@ def test_only_what_the_processor_has(monkeypatch) -> None:
     said = "kernels=avx512: not on this machine; valid: avx2, portable, reference"
     with pytest.raises(UserError, match=said), build.using("avx512"):
         pass
+    without_bf16 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vbmi2"}
+    monkeypatch.setattr(build, "_features", lambda: without_bf16)
+    assert build.best_isa() == "avx512vbmi2" and "avx512" not in build.supported()
+    monkeypatch.setattr(build, "_features", lambda: {"asimd"})
+    assert build.supported() == ["neon", "portable"]
     monkeypatch.setattr(build, "_features", set)
     assert build.supported() == ["portable"] == [build.best_isa()]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsebench.errors import UserError
 from sparsebench.kernels import ops
-from sparsebench.kernels.formats import NM, Bitmap, ColumnMajor, GroupQuantised, popcount
+from sparsebench.kernels.formats import BLOCK, NM, STRIP, Bitmap, ColumnBitmap, ColumnMajor, GroupQuantised, popcount
 
 AGREE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}  # of the largest output; bfloat16 outputs are rounded to 2^-9
 DTYPES = list(AGREE)
@@ -81,6 +81,30 @@ def test_sparse_inputs(isa, dtype, shape, density, threads, seed) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @CASES
+@given(
+    st.one_of(SHAPES, st.sampled_from([(BLOCK * STRIP, 5), (BLOCK * STRIP + 1, 3), (2 * BLOCK * STRIP + 70, 2)])),
+    DENSITIES,
+    DENSITIES,
+    st.integers(1, 5),
+    st.integers(0, 2**31),
+)
+def test_sparse_weights_on_sparse_inputs(isa, dtype, shape, density, share, threads, seed) -> None:
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    weight, kept = drawn(shape, density, dtype)
+    packed = ColumnBitmap.from_dense(weight, kept)
+    assert torch.equal(packed.dense(), weight) and torch.equal(ops.unpacked(packed), weight)
+    assert packed.stored.numel() == int(kept.sum()) == int(popcount(packed.mask).sum())
+    for rows in (1, 3):
+        x = torch.randn(rows, shape[1]).to(dtype)
+        threshold = float(x.abs().float().quantile(1 - share))
+        bias = torch.randn(shape[0]).to(dtype) if seed % 2 else None
+        beyond = torch.where(x.abs() <= threshold, 0, x)
+        agree(ops.skipping_linear(x, packed, threshold, bias), beyond, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@CASES
 @given(SHAPES, DENSITIES, st.integers(1, 3), st.integers(0, 2**31))
 def test_selected_outputs(isa, dtype, shape, density, threads, seed) -> None:
     torch.manual_seed(seed)
@@ -110,13 +134,16 @@ def test_groups_of_four_bits(isa, dtype, rows, width, group, density, threads, d
 def test_threads_change_no_bit(isa, dtype, batch) -> None:
     weight, kept = drawn((301, 1030), 0.4, dtype)
     packed, dense = Bitmap.from_dense(weight, kept), ColumnMajor.from_dense(weight)
+    both = ColumnBitmap.from_dense(weight, kept)
     groups = GroupQuantised.from_dense(torch.randn(99, 256), torch.rand(99, 16) < 0.5)
     x = torch.randn(batch, 1030).to(dtype)
     results = []
+    few = Bitmap.from_dense(weight, kept & (torch.rand(kept.shape) < 0.1))
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         narrow = x[:, :256].contiguous()
-        results.append((ops.linear(x, packed), ops.skipping_linear(x[:1], dense, 0.5), ops.linear(narrow, groups)))
+        skipped = [ops.skipping_linear(x[:1], one, 0.5) for one in (dense, both)]
+        results.append((ops.linear(x, packed), ops.linear(x, few), *skipped, ops.linear(narrow, groups)))
     if isa != "reference":  # torch promises no such thing
         assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
@@ -127,21 +154,36 @@ def test_kept_zeros_stay(isa) -> None:
     assert packed.stored.numel() == int(kept.sum()) == int(popcount(packed.mask).sum())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [2, 5, 8, 9, 13, 16])
+def test_batches_of_very_sparse_weights(isa, dtype, batch) -> None:
+    weight, kept = drawn((139, 1300), 0.02, dtype)
+    weight[:, 7] = kept[:, 7] = 0
+    packed = Bitmap.from_dense(weight, kept)
+    x, bias = torch.randn(batch, 1300).to(dtype), torch.randn(139).to(dtype)
+    agree(ops.linear(x, packed, bias), x, weight, bias)
+    x[1, 7] = float("inf")
+    assert ops.linear(x, packed)[1].isnan().all() and ops.linear(x, packed)[0].isfinite().all()
+
+
 def test_not_finite(isa) -> None:
     weight, _ = drawn((8, 128), 0.5, torch.float32)
     weight[:, 3] = 0
     x = torch.randn(1, 128)
     x[0, 3] = float("inf")
     assert ops.linear(x, Bitmap.from_dense(weight)).isnan().all()  # infinity times a pruned zero, as when masked
+    assert ops.skipping_linear(x, ColumnBitmap.from_dense(weight), 1.0).isnan().all()
     x[0, 3] = float("nan")
     assert ops.skipping_linear(x, ColumnMajor.from_dense(torch.randn(8, 128)), 1.0).isnan().all()  # never dropped
+    assert ops.skipping_linear(x, ColumnBitmap.from_dense(weight), 1.0).isnan().all()
     weight = torch.randn(8, 128)
     weight[2, 3] = float("inf")
     x[0, 3] = 0.1
     rows = ops.selected_linear(x, weight, torch.arange(8) != 2)
     assert rows.isfinite().all() and rows[0, 2] == 0  # nor what is in a row that is not needed
-    got = ops.skipping_linear(x, ColumnMajor.from_dense(weight), 1.0)
-    assert isa == "reference" or got.isfinite().all()  # the kernel does not read what is behind a dropped input
+    for columns in (ColumnMajor.from_dense(weight), ColumnBitmap.from_dense(weight)):
+        got = ops.skipping_linear(x, columns, 1.0)
+        assert isa == "reference" or got.isfinite().all()  # the kernel does not read what is behind a dropped input
 
 
 def test_sizes_are_exact() -> None:
@@ -150,6 +192,8 @@ def test_sizes_are_exact() -> None:
     assert half.nbytes == weight.numel() * 2 * 9 // 16
     packed = Bitmap.from_dense(weight, torch.rand(64, 256) < 0.5)
     assert packed.nbytes == weight.numel() // 8 + 2 * packed.stored.numel() + 8 * 17
+    both = ColumnBitmap.from_dense(weight, torch.rand(64, 256) < 0.5)
+    assert both.nbytes == weight.numel() // 8 + 2 * both.stored.numel() + 4 * 256 + 8  # one strip, one mark per input
     groups = GroupQuantised.from_dense(weight, torch.ones(64, 16, dtype=torch.bool))
     assert groups.nbytes == 64 * 16 * (8 + 2 + 2 + 2) + 65 * 4
 

@@ -8,19 +8,9 @@
 
    Pruned entries are multiplied as zeros: infinity or NaN in x gives NaN in every row, as the masked dense product
    does. The order of additions depends on the layout and on the instruction set, never on the number of threads. */
-#include "common.h"
+#include "bitmap.h"
 
-#define SLICE 512 /* columns expanded at once for batches: four rows of them stay in L1 */
-#define DIRECT 4  /* largest batch for which expanded registers are used at once */
-
-typedef struct {
-    const uint64_t *mask;
-    const char *values;
-    const int64_t *ptr;
-    int64_t per_group;
-    int format;
-    int64_t rows, cols, blocks, groups;
-} Weights;
+#define DIRECT 4 /* largest batch for which expanded registers are used at once */
 
 static Weights weights_of(const uint64_t *mask, const void *values, const int64_t *ptr, int64_t per_group, int format,
                           int64_t rows, int64_t cols) {
@@ -28,32 +18,12 @@ static Weights weights_of(const uint64_t *mask, const void *values, const int64_
     return w;
 }
 
-INLINE const char *group_values(const Weights *w, int64_t group) {
-    int64_t start = w->ptr ? w->ptr[group] : group * w->per_group;
-    return w->values + start * (int64_t)size_of(w->format);
-}
-
-/* x as the inner loops read it: padded with zeros to whole blocks; float32 unless the bf16 dot product is there. */
+/* x as the inner loops read it: float32 unless pairs of bf16 are multiplied at once. */
 #if defined(SB_AVX512)
-INLINE size_t inner_size(int format) { return size_of(format); }
+#define INNER(format) (format)
 #else
-INLINE size_t inner_size(int format) { return (void)format, sizeof(float); }
+#define INNER(format) ((void)(format), F32)
 #endif
-
-static void *prepare(const void *x, int format, int64_t batch, int64_t cols, int64_t padded) {
-    size_t inner = inner_size(format);
-    char *copy = scratch((size_t)(batch * padded) * inner);
-    if (!copy) return NULL;
-    for (int64_t row = 0; row < batch; row++) {
-        char *to = copy + (size_t)(row * padded) * inner;
-        if (inner == size_of(format))
-            memcpy(to, (const char *)x + (size_t)(row * cols) * inner, (size_t)cols * inner);
-        else
-            for (int64_t i = 0; i < cols; i++) ((float *)to)[i] = from_bf16(((const bf16 *)x)[row * cols + i]);
-        memset(to + (size_t)cols * inner, 0, (size_t)(padded - cols) * inner);
-    }
-    return copy;
-}
 
 /* ---- four rows at once, the expanded weights in registers ---- */
 
@@ -71,8 +41,7 @@ INLINE void direct_bf16(const uint64_t *mask, const bf16 *v, const bf16 *x, int6
             x0[n] = _mm512_load_si512(x + n * stride + 64 * b);
             x1[n] = _mm512_load_si512(x + n * stride + 64 * b + 32);
         }
-        _mm_prefetch((const char *)(v + 1024), _MM_HINT_T0);
-        _mm_prefetch((const char *)(v + 1056), _MM_HINT_T0);
+        UNROLL(4) for (int line = 0; line < 4; line++) _mm_prefetch((const char *)(v + 2048 + 32 * line), _MM_HINT_T0);
         UNROLL(4) for (int q = 0; q < 4; q++) {
             __m512i w0 = expand_bf16(words[2 * q], v);
             v += popcount(words[2 * q]);
@@ -112,12 +81,13 @@ INLINE void direct_plain(const uint64_t *mask, const char *v, int format, const 
     for (int64_t b = 0; b < blocks; b++)
         UNROLL(4) for (int q = 0; q < 4; q++) {
             uint64_t kept = mask[4 * b + q];
-#if defined(SB_AVX2)
-            UNROLL(8) for (int part = 0; part < 8; part++, kept >>= 8) {
-                vf w = (vf)(format == BF16 ? expand8_bf16((uint8_t)kept, (const bf16 *)v)
-                                           : expand8_f32((uint8_t)kept, (const float *)v));
-                v += (size_t)popcount(kept & 255) * size_of(format);
-                sum[q][part & 1] += w * load_vf(x + 64 * b + 8 * part);
+#if defined(SB_SHUFFLES)
+            UNROLL(16) for (int part = 0; part < 64 / LANES; part++) {
+                uint32_t bits = PART(kept, part);
+                vf w = format == BF16 ? expand_lanes_bf16(bits, (const bf16 *)v)
+                                      : expand_lanes_f32(bits, (const float *)v);
+                v += (size_t)few(bits) * size_of(format);
+                sum[q][part & 1] += w * load_vf(x + 64 * b + LANES * part);
             }
 #else
             float w[64];
@@ -156,101 +126,6 @@ static void direct(const Weights *w, int64_t group, const void *x, int64_t padde
 #endif
 }
 
-/* ---- larger batches: four rows expanded into L1, then a dense register tile ---- */
-
-#if LANES == 16
-#define TILE 4 /* rows of x per register tile */
-#else
-#define TILE 2
-#endif
-
-INLINE void tile_f32(const float *w, const float *x, int64_t stride, int64_t cols, const int batch, vf *sum) {
-    vf s[4][TILE];
-    UNROLL(4) for (int q = 0; q < 4; q++) UNROLL(4) for (int n = 0; n < batch; n++) s[q][n] = sum[q * TILE + n];
-    for (int64_t i = 0; i < cols; i += LANES) {
-        vf in[TILE];
-        UNROLL(4) for (int n = 0; n < batch; n++) in[n] = load_vf(x + n * stride + i);
-        UNROLL(4) for (int q = 0; q < 4; q++) {
-            vf weight = load_vf(w + q * SLICE + i);
-            UNROLL(4) for (int n = 0; n < batch; n++) s[q][n] += weight * in[n];
-        }
-    }
-    UNROLL(4) for (int q = 0; q < 4; q++) UNROLL(4) for (int n = 0; n < batch; n++) sum[q * TILE + n] = s[q][n];
-}
-
-#if defined(SB_AVX512)
-INLINE void tile_bf16(const bf16 *w, const bf16 *x, int64_t stride, int64_t cols, const int batch, vf *sum) {
-    __m512 s[4][TILE];
-    UNROLL(4) for (int q = 0; q < 4; q++)
-        UNROLL(4) for (int n = 0; n < batch; n++) s[q][n] = (__m512)sum[q * TILE + n];
-    for (int64_t i = 0; i < cols; i += 32) {
-        __m512i in[TILE];
-        UNROLL(4) for (int n = 0; n < batch; n++) in[n] = _mm512_load_si512(x + n * stride + i);
-        UNROLL(4) for (int q = 0; q < 4; q++) {
-            __m512i weight = _mm512_load_si512(w + q * SLICE + i);
-            UNROLL(4) for (int n = 0; n < batch; n++) s[q][n] = dot_bf16(s[q][n], weight, in[n]);
-        }
-    }
-    UNROLL(4) for (int q = 0; q < 4; q++)
-        UNROLL(4) for (int n = 0; n < batch; n++) sum[q * TILE + n] = (vf)s[q][n];
-}
-#endif
-
-INLINE void tile(const char *w, const char *x, int64_t stride, int64_t cols, int format, const int batch, vf *sum) {
-#if defined(SB_AVX512)
-    if (format == BF16) {
-        tile_bf16((const bf16 *)w, (const bf16 *)x, stride, cols, batch, sum);
-        return;
-    }
-#endif
-    (void)format;
-    tile_f32((const float *)w, (const float *)x, stride, cols, batch, sum);
-}
-
-/* Columns [64 * first, 64 * last) of a group's four rows, in the inner format; returns where the values go on. */
-static const char *expand_rows(const Weights *w, int64_t group, int64_t first, int64_t last, const char *v, char *out) {
-    const uint64_t *mask = w->mask + group * w->blocks * 4;
-    for (int64_t b = first; b < last; b++)
-        for (int q = 0; q < 4; q++) {
-            uint64_t kept = mask[4 * b + q];
-            int64_t at = q * SLICE + 64 * (b - first);
-            if (inner_size(w->format) == sizeof(bf16))
-                copy64_bf16(kept, (const bf16 *)v, (bf16 *)out + at);
-            else
-                expand64(kept, v, w->format, (float *)out + at);
-            v += (size_t)popcount(kept) * size_of(w->format);
-        }
-    return v;
-}
-
-/* out: [4, batch] */
-static void sliced(const Weights *w, int64_t group, const char *x, int64_t padded, int64_t batch, char *dense, vf *sums,
-                   float *out) {
-    const char *v = group_values(w, group);
-    int64_t tiles = (batch + TILE - 1) / TILE;
-    size_t inner = inner_size(w->format);
-    for (int64_t i = 0; i < tiles * 4 * TILE; i++) sums[i] = zero_vf();
-    for (int64_t first = 0; first < w->blocks; first += SLICE / 64) {
-        int64_t last = first + SLICE / 64 < w->blocks ? first + SLICE / 64 : w->blocks, cols = 64 * (last - first);
-        v = expand_rows(w, group, first, last, v, dense);
-        for (int64_t t = 0; t < tiles; t++) {
-            const char *in = x + (size_t)(t * TILE * padded + 64 * first) * inner;
-            vf *sum = sums + t * 4 * TILE;
-            switch (batch - t * TILE) {
-            case 1: tile(dense, in, padded, cols, w->format, 1, sum); break;
-#if TILE == 4
-            case 2: tile(dense, in, padded, cols, w->format, 2, sum); break;
-            case 3: tile(dense, in, padded, cols, w->format, 3, sum); break;
-#endif
-            default: tile(dense, in, padded, cols, w->format, TILE, sum); break;
-            }
-        }
-    }
-    for (int q = 0; q < 4; q++)
-        for (int64_t n = 0; n < batch; n++)
-            out[q * batch + n] = sum_vf(sums[n / TILE * 4 * TILE + q * TILE + n % TILE]);
-}
-
 /* x: [batch, cols], bias: [rows] or NULL, y: [batch, rows], all contiguous and in the values' format. */
 API int sb_bitmap_gemm(const uint64_t *mask, const void *values, const int64_t *ptr, int64_t per_group, int format,
                        int64_t rows, int64_t cols, const void *x, int64_t batch, const void *bias, void *y,
@@ -261,35 +136,22 @@ API int sb_bitmap_gemm(const uint64_t *mask, const void *values, const int64_t *
 #if defined(SB_AVX512)
     at_once = batch == 1 || (format == BF16 && batch <= DIRECT);
 #endif
-    size_t dense_bytes = 4 * SLICE * sizeof(float), sum_bytes = (size_t)(batch + TILE) * 4 * sizeof(vf);
-    size_t own = (size_t)round_up((int64_t)(dense_bytes + sum_bytes) + 16 * batch, 64);
-    void *in = prepare(x, format, batch, cols, padded);
-    char *work = at_once ? NULL : scratch(own * (size_t)threads);
-    if (!in || (!at_once && !work)) {
-        free(in);
-        free(work);
-        return NO_MEMORY;
-    }
+    if (!at_once) return sb_batch_gemm(&w, x, batch, bias, y, threads);
+    void *in = padded_copy(x, format, INNER(format), batch, cols, padded);
+    if (!in) return NO_MEMORY;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int part = 0; part < threads; part++) {
-        char *mine = work ? work + own * (size_t)part : NULL;
-        float few[4 * DIRECT];
-        float *out = at_once ? few : (float *)(mine + dense_bytes + sum_bytes);
-        int64_t step = at_once ? DIRECT : batch;
+        float out[4 * DIRECT];
         for (int64_t group = cut(w.groups, threads, part); group < cut(w.groups, threads, part + 1); group++) {
-            if (at_once)
-                direct(&w, group, in, padded, batch, out);
-            else
-                sliced(&w, group, in, padded, batch, mine, (vf *)(mine + dense_bytes), out);
+            direct(&w, group, in, padded, batch, out);
             for (int q = 0; q < 4 && 4 * group + q < rows; q++)
                 for (int64_t n = 0; n < batch; n++) {
                     float offset = bias ? get(bias, 4 * group + q, format) : 0.0f;
-                    put(y, n * rows + 4 * group + q, format, out[q * step + n] + offset);
+                    put(y, n * rows + 4 * group + q, format, out[q * DIRECT + n] + offset);
                 }
         }
     }
     free(in);
-    free(work);
     return OK;
 }
 

@@ -14,7 +14,7 @@
 #define BLOCK 64
 #define ROWS 4 /* queries per register tile */
 
-#if defined(SB_AVX512)
+#if defined(__AVX512BF16__)
 #define PAIRED(format) ((format) == BF16)
 #else
 #define PAIRED(format) ((void)(format), 0)
@@ -76,7 +76,7 @@ static void pack_head(const void *k, const void *v, int format, int64_t keys, in
 
 /* ---- scores: 4 queries x 64 keys ---- */
 
-#if defined(SB_AVX512)
+#if defined(__AVX512BF16__)
 INLINE void scores_bf16(const bf16 *q, const bf16 *k, int64_t padded, float scale, float *score) {
     __m512 sum[ROWS][4];
     UNROLL(4) for (int r = 0; r < ROWS; r++) UNROLL(4) for (int c = 0; c < 4; c++) sum[r][c] = _mm512_setzero_ps();
@@ -137,7 +137,7 @@ INLINE void tile_f32(const float *a, int64_t a_stride, const float *b, int64_t b
 
 static void block_scores(const Head *h, const char *k, const Work *w, int64_t row) {
     float *score = w->score + row * BLOCK;
-#if defined(SB_AVX512)
+#if defined(__AVX512BF16__)
     if (h->paired) {
         scores_bf16((const bf16 *)w->query + row * h->padded, (const bf16 *)k, h->padded, h->scale, score);
         return;
@@ -153,7 +153,7 @@ static void block_scores(const Head *h, const char *k, const Work *w, int64_t ro
 static void block_values(const Head *h, const char *v, const Work *w, int64_t row) {
     float *out = w->out + row * h->padded;
     int64_t d = 0;
-#if defined(SB_AVX512)
+#if defined(__AVX512BF16__)
     if (h->paired) {
         const bf16 *p = w->weight + row * BLOCK, *value = (const bf16 *)v;
         for (; d + 64 <= h->padded; d += 64) values_bf16(p, value + 2 * d, h->padded, 4, out + d);
@@ -210,7 +210,7 @@ INLINE void soften(Work *w, int64_t row, int64_t padded, int paired) {
         }
     for (int i = 0; i < 16; i++) total += sums[i];
     w->sum[row] += total;
-#if defined(SB_AVX512)
+#if defined(__AVX512BF16__)
     if (paired)
         for (int j = 0; j < BLOCK; j += 32) {
             __m512 low = _mm512_load_ps(score + j), high = _mm512_load_ps(score + j + 16);

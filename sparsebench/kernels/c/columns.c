@@ -3,8 +3,9 @@
    The weights are stored transposed, [inputs, outputs], so that one input's weights are contiguous (TEAL, CATS,
    R-Sparse). Every thread owns a range of outputs, works through it in tiles whose float32 sums stay in L1, and adds
    eight selected inputs per pass. No atomics: the order of additions is the order of the inputs for any number of
-   threads. A NaN in x is kept (|NaN| > t is false, so the test is "not |x| <= t") and reaches every output; a
-   skipped input is not multiplied, so an infinite weight behind it stays silent. */
+   threads. A NaN in x is kept (|NaN| > t is false, so the test is "not |x| <= t") and reaches every output; a skipped
+   input is not multiplied, so an infinite weight behind it stays silent. strips.c does the same for weights that are
+   sparse themselves. */
 #include "common.h"
 
 #define AT_ONCE 8 /* inputs per pass over the sums */
@@ -19,20 +20,7 @@ INLINE const void *row_of(const void *w, int format, int64_t stride, int32_t ind
     return index == NOTHING ? (const void *)zeros : (const char *)w + index * stride * (int64_t)size_of(format);
 }
 
-/* Selected inputs in ascending order; returns how many. */
-static int64_t choose(const void *x, int format, int64_t inputs, float threshold, int32_t *index, float *factor) {
-    int64_t n = 0;
-    if (format == BF16) threshold = from_bf16(to_bf16(threshold)); /* compared in the inputs' format, as torch does */
-    for (int64_t i = 0; i < inputs; i++) {
-        float value = get(x, i, format);
-        index[n] = (int32_t)i;
-        factor[n] = value;
-        n += !(fabsf(value) <= threshold);
-    }
-    return n;
-}
-
-#if defined(SB_AVX512)
+#if defined(__AVX512BF16__)
 /* Two inputs' weights are interleaved into pairs for the bf16 dot product; sums stay in the order of the interleave
    until they are stored. */
 INLINE void pass_bf16(const bf16 *w, int64_t stride, const int32_t *index, const float *factor, int64_t width,
@@ -63,18 +51,27 @@ INLINE void pass_bf16(const bf16 *w, int64_t stride, const int32_t *index, const
 #else
 INLINE void pass_bf16(const bf16 *w, int64_t stride, const int32_t *index, const float *factor, int64_t width,
                       const int32_t *next, float *sum) {
-    (void)next;
-    for (int k = 0; k < AT_ONCE; k += 4) {
-        const bf16 *a = row_of(w, BF16, stride, index[k]), *b = row_of(w, BF16, stride, index[k + 1]);
-        const bf16 *c = row_of(w, BF16, stride, index[k + 2]), *d = row_of(w, BF16, stride, index[k + 3]);
-        float fa = factor[k], fb = factor[k + 1], fc = factor[k + 2], fd = factor[k + 3];
-        for (int64_t i = 0; i < width; i++)
-            sum[i] += (from_bf16(a[i]) * fa + from_bf16(b[i]) * fb) + (from_bf16(c[i]) * fc + from_bf16(d[i]) * fd);
+    const bf16 *row[AT_ONCE], *soon[AT_ONCE];
+    for (int k = 0; k < AT_ONCE; k++) {
+        row[k] = row_of(w, BF16, stride, index[k]);
+        soon[k] = row_of(w, BF16, stride, next[k]);
+    }
+    for (int64_t i = 0; i < width; i += 2 * LANES) {
+        vf first = load_vf(sum + i), second = load_vf(sum + i + LANES);
+        UNROLL(8) for (int k = 0; k < AT_ONCE; k++) {
+            vu pairs = load_pairs(row[k] + i);
+            first += first_of_pairs(pairs) * factor[k];
+            second += second_of_pairs(pairs) * factor[k];
+        }
+        if (i % 32 == 0)
+            UNROLL(8) for (int k = 0; k < AT_ONCE; k++) __builtin_prefetch(soon[k] + i);
+        store_vf(sum + i, first);
+        store_vf(sum + i + LANES, second);
     }
 }
 
-#define STEP_BF16 1
-#define PLACE_BF16(i) (i)
+#define STEP_BF16 (2 * LANES)
+#define PLACE_BF16(i) of_pairs(i)
 #endif
 
 INLINE void pass_f32(const float *w, int64_t stride, const int32_t *index, const float *factor, int64_t width,
@@ -126,7 +123,7 @@ static void outputs(const void *w, int format, int64_t stride, const int32_t *in
    selected: how many inputs counted. */
 API int sb_columns_gemv(const void *w, int format, int64_t inputs, int64_t width, const void *x, float threshold,
                         const void *bias, void *y, int64_t *selected, int threads) {
-    int64_t room = round_up(inputs + 1, AT_ONCE);
+    int64_t room = round_up(inputs + 16, AT_ONCE);
     int32_t *index = scratch((size_t)room * sizeof *index);
     float *factor = scratch((size_t)room * sizeof *factor);
     float *sums = scratch((size_t)threads * TILE * sizeof *sums);

@@ -1,10 +1,10 @@
 /* What every kernel shares: number formats, the vector type, expansion of packed values, threads.
 
    One translation unit per instruction set: the build passes the flags of `avx512` (F, BW, VL, DQ, VBMI2, BF16),
-   `avx2` (with FMA and F16C) or `portable` (none), and the macros below follow from them. Plain loops are written on
-   `vf`, a vector of the compiler's own vector extension, so that they compile everywhere, NEON included; intrinsics
-   appear only where the extension cannot say it. All arithmetic accumulates in float32. No -ffast-math: NaN and
-   infinity propagate. */
+   `avx512vbmi2` (the same without BF16), `avx2` (with FMA and F16C), `neon` (SB_NEON) or `portable` (none), and the
+   macros below follow from them. Plain loops are written on `vf`, a vector of the compiler's own vector extension, so
+   that they compile everywhere; intrinsics appear only where the extension cannot say it. All arithmetic accumulates
+   in float32. No -ffast-math: NaN and infinity propagate. */
 #ifndef SPARSEBENCH_COMMON_H
 #define SPARSEBENCH_COMMON_H
 
@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__AVX512VBMI2__) && defined(__AVX512BF16__)
+#if defined(__AVX512VBMI2__)
 #define SB_AVX512 1
 #elif defined(__AVX2__)
 #define SB_AVX2 1
@@ -21,6 +21,8 @@
 
 #if defined(SB_AVX512) || defined(SB_AVX2)
 #include <immintrin.h>
+#elif defined(SB_NEON)
+#include <arm_neon.h>
 #endif
 
 #if defined(SB_AVX512)
@@ -39,6 +41,8 @@
 typedef uint16_t bf16;
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef float vf_memory __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES))); /* two bf16 to a lane, the first in the low half */
+typedef uint32_t vu_memory __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 
 enum { F32 = 0, BF16 = 1 }; /* number formats, as the Python side passes them */
 enum { OK = 0, NO_MEMORY = 1 };
@@ -46,14 +50,28 @@ enum { OK = 0, NO_MEMORY = 1 };
 INLINE vf load_vf(const float *p) { return *(const vf_memory *)p; }
 INLINE void store_vf(float *p, vf v) { *(vf_memory *)p = v; }
 INLINE vf zero_vf(void) { return (vf){0}; }
+INLINE vu load_pairs(const void *p) { return *(const vu_memory *)p; }
+
+/* The first and the second bf16 of each lane as float32. */
+INLINE vf first_of_pairs(vu pairs) { return (vf)(pairs << 16); }
+INLINE vf second_of_pairs(vu pairs) { return (vf)(pairs & 0xffff0000u); }
+
+/* Sums made of pairs lie as the firsts of 2 * LANES bf16, then the seconds: which bf16 number i belongs to. */
+INLINE int64_t of_pairs(int64_t i) {
+    return i / (2 * LANES) * (2 * LANES) + i % LANES * 2 + i % (2 * LANES) / LANES;
+}
 
 /* Lanes are added in halves: the same order on every call, so results never depend on the thread count. */
 INLINE float sum_vf(vf v) {
+#if defined(SB_AVX512)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float lane[LANES];
     memcpy(lane, &v, sizeof lane);
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; i++) lane[i] += lane[i + half];
     return lane[0];
+#endif
 }
 
 INLINE float from_bf16(bf16 h) {
@@ -135,6 +153,12 @@ INLINE __m512i expand_bf16(__mmask32 kept, const bf16 *values) {
     return out;
 }
 
+INLINE __m512i compress_16(__mmask32 kept, __m512i from) {
+    __m512i out;
+    __asm__("vpxord %0, %0, %0\n\tvpcompressw %1, %0%{%2%}%{z%}" : "=&v"(out) : "v"(from), "Yk"(kept));
+    return out;
+}
+
 INLINE __m512 expand_f32(__mmask16 kept, const float *values) {
     __m512 out;
     __asm__("vpxord %0, %0, %0\n\tvpexpandd %1, %0%{%2%}%{z%}"
@@ -143,9 +167,19 @@ INLINE __m512 expand_f32(__mmask16 kept, const float *values) {
     return out;
 }
 
+/* sum[i] + a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1]. Without the instruction the halves of what several products share
+   are taken apart once: compilers see that after inlining. */
 INLINE __m512 dot_bf16(__m512 sum, __m512i a, __m512i b) {
+#if defined(__AVX512BF16__)
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#else
+    vf first = (vf)sum + first_of_pairs((vu)a) * first_of_pairs((vu)b);
+    return (__m512)(first + second_of_pairs((vu)a) * second_of_pairs((vu)b));
+#endif
 }
+
+/* 16 bf16 as float32. */
+INLINE __m512i widened(__m256i packed) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(packed), 16); }
 
 /* Two vectors of 32 bf16 are interleaved into pairs for the dot product (unpacklo, unpackhi); their sums stay in that
    order. Which of the 32 is float32 number `i` of the two result vectors: */
@@ -174,33 +208,56 @@ INLINE void expand64_f32(uint64_t kept, const float *values, float *out) {
         values += popcount(mask);
     }
 }
-#elif defined(SB_AVX2)
+#elif defined(SB_AVX2) || defined(SB_NEON)
+#define SB_SHUFFLES 1 /* one vector of columns at a time, by a table of byte shuffles */
+#if defined(SB_AVX2)
 extern uint8_t sb_shuffle_bf16[256][32]; /* bytes of 8 packed bf16 -> the high halves of 8 float32 lanes */
 extern int32_t sb_permute_f32[256][8];   /* lane of 8 packed float32, or -1 where nothing was kept */
 
-INLINE __m256 expand8_bf16(uint8_t kept, const bf16 *values) {
+/* LANES columns; `kept` has so many bits. */
+INLINE vf expand_lanes_bf16(uint32_t kept, const bf16 *values) {
     __m256i packed = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)values));
     __m256i order = _mm256_load_si256((const __m256i *)sb_shuffle_bf16[kept]);
-    return _mm256_castsi256_ps(_mm256_shuffle_epi8(packed, order));
+    return (vf)_mm256_shuffle_epi8(packed, order);
 }
 
-INLINE __m256 expand8_f32(uint8_t kept, const float *values) {
+INLINE vf expand_lanes_f32(uint32_t kept, const float *values) {
     __m256i order = _mm256_load_si256((const __m256i *)sb_permute_f32[kept]);
     __m256 moved = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), order);
-    return _mm256_blendv_ps(moved, _mm256_setzero_ps(), _mm256_castsi256_ps(order)); /* -1: its sign bit */
+    return (vf)_mm256_blendv_ps(moved, _mm256_setzero_ps(), _mm256_castsi256_ps(order)); /* -1: its sign bit */
 }
 
+INLINE int few(uint32_t kept) { return __builtin_popcount(kept); }
+#else
+extern uint8_t sb_shuffle_bf16[16][16]; /* bytes of 4 packed bf16 -> the high halves of 4 float32 lanes, 255: zero */
+extern uint8_t sb_shuffle_f32[16][16];
+extern uint8_t sb_few[16]; /* set bits */
+
+INLINE vf expand_lanes_bf16(uint32_t kept, const bf16 *values) {
+    uint8x16_t packed = vcombine_u8(vld1_u8((const uint8_t *)values), vdup_n_u8(0));
+    return (vf)vqtbl1q_u8(packed, vld1q_u8(sb_shuffle_bf16[kept]));
+}
+
+INLINE vf expand_lanes_f32(uint32_t kept, const float *values) {
+    return (vf)vqtbl1q_u8(vld1q_u8((const uint8_t *)values), vld1q_u8(sb_shuffle_f32[kept]));
+}
+
+INLINE int few(uint32_t kept) { return sb_few[kept]; } /* counting bits goes through the vector unit */
+#endif
+
+#define PART(kept, part) ((uint32_t)((kept) >> LANES * (part)) & ((1u << LANES) - 1))
+
 INLINE void expand64_bf16(uint64_t kept, const bf16 *values, float *out) {
-    for (int part = 0; part < 8; part++, kept >>= 8) {
-        _mm256_storeu_ps(out + 8 * part, expand8_bf16((uint8_t)kept, values));
-        values += popcount(kept & 255);
+    for (int part = 0; part < 64 / LANES; part++) {
+        store_vf(out + LANES * part, expand_lanes_bf16(PART(kept, part), values));
+        values += few(PART(kept, part));
     }
 }
 
 INLINE void expand64_f32(uint64_t kept, const float *values, float *out) {
-    for (int part = 0; part < 8; part++, kept >>= 8) {
-        _mm256_storeu_ps(out + 8 * part, expand8_f32((uint8_t)kept, values));
-        values += popcount(kept & 255);
+    for (int part = 0; part < 64 / LANES; part++) {
+        store_vf(out + LANES * part, expand_lanes_f32(PART(kept, part), values));
+        values += few(PART(kept, part));
     }
 }
 #else
@@ -231,6 +288,31 @@ INLINE void expand64(uint64_t kept, const void *values, int format, float *out) 
         expand64_bf16(kept, (const bf16 *)values, out);
     else
         expand64_f32(kept, (const float *)values, out);
+}
+
+/* Inputs with not |x| <= threshold, ascending: their numbers and values; returns how many. Room for inputs + 16. */
+INLINE int64_t choose(const void *x, int format, int64_t inputs, float threshold, int32_t *index, float *factor) {
+    int64_t n = 0, i = 0;
+    if (format == BF16) threshold = from_bf16(to_bf16(threshold)); /* compared in the inputs' format, as torch does */
+#if defined(SB_AVX512)
+    for (; i + 16 <= inputs; i += 16) {
+        __m512 value = format == BF16 ? (__m512)widened(_mm256_loadu_si256((const __m256i *)((const bf16 *)x + i)))
+                                      : _mm512_loadu_ps((const float *)x + i);
+        __mmask16 counts = _mm512_cmp_ps_mask(_mm512_abs_ps(value), _mm512_set1_ps(threshold), _CMP_NLE_UQ);
+        __m512i at = _mm512_add_epi32(_mm512_set1_epi32((int)i), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
+                                                                                   11, 12, 13, 14, 15));
+        _mm512_storeu_si512(index + n, _mm512_maskz_compress_epi32(counts, at));
+        _mm512_storeu_ps(factor + n, _mm512_maskz_compress_ps(counts, value));
+        n += popcount(counts);
+    }
+#endif
+    for (; i < inputs; i++) {
+        float value = get(x, i, format);
+        index[n] = (int32_t)i;
+        factor[n] = value;
+        n += !(fabsf(value) <= threshold);
+    }
+    return n;
 }
 
 #endif

@@ -37,14 +37,20 @@ INLINE void rows_bf16(const bf16 **w, const bf16 *x, int64_t cols, const int row
 }
 #else
 INLINE void rows_bf16(const bf16 **w, const bf16 *x, int64_t cols, const int rows, float *out) {
+    vf sum[STREAMS];
+    int64_t whole = cols / (2 * LANES) * (2 * LANES);
+    UNROLL(8) for (int q = 0; q < rows; q++) sum[q] = zero_vf();
+    for (int64_t i = 0; i < whole; i += 2 * LANES) {
+        vu in = load_pairs(x + i);
+        UNROLL(8) for (int q = 0; q < rows; q++) {
+            vu pairs = load_pairs(w[q] + i);
+            sum[q] += first_of_pairs(pairs) * first_of_pairs(in);
+            sum[q] += second_of_pairs(pairs) * second_of_pairs(in);
+        }
+    }
     for (int q = 0; q < rows; q++) {
-        float sum[4 * LANES] = {0};
-        int64_t i = 0;
-        for (; i + 4 * LANES <= cols; i += 4 * LANES)
-            for (int c = 0; c < 4 * LANES; c++) sum[c] += from_bf16(w[q][i + c]) * from_bf16(x[i + c]);
-        out[q] = 0;
-        for (; i < cols; i++) out[q] += from_bf16(w[q][i]) * from_bf16(x[i]);
-        for (int c = 0; c < 4 * LANES; c++) out[q] += sum[c];
+        out[q] = sum_vf(sum[q]);
+        for (int64_t i = whole; i < cols; i++) out[q] += from_bf16(w[q][i]) * from_bf16(x[i]);
     }
 }
 #endif

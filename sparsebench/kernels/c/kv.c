@@ -13,6 +13,7 @@
 #define CHUNK 64   /* tokens per softmax step */
 #define SPLIT 2048 /* tokens per independent softmax */
 #define MOST 4     /* heads per pass */
+#define AHEAD 16   /* tokens that are fetched ahead */
 
 typedef struct {
     const uint8_t *at; /* token 0 */
@@ -21,14 +22,14 @@ typedef struct {
 } Tokens;
 
 typedef struct {
-    const void *q; /* [MOST][padded], padded with zeros: bf16, or float32 without the bf16 dot product */
+    const void *q; /* [MOST][padded], padded with zeros, in the order QUERY: bf16, or float32 without the bf16 dot */
     int64_t dim, padded, words;
     float scale;
 } Query;
 
 typedef struct {
     float top[MOST], sum[MOST];
-    float *out; /* [MOST][padded], interleaved where the bf16 dot product is used */
+    float *out; /* [MOST][padded], in the order PLACE */
 } State;
 
 /* Which of the 64 dimensions of word `w` exist. */
@@ -37,19 +38,26 @@ INLINE uint64_t existing(int64_t dim, int64_t w) {
     return left >= 64 ? ~0ull : (1ull << left) - 1;
 }
 
+/* Eight bytes at a time: a copy of unknown length is a call, before which all sums are written to memory. */
+INLINE uint64_t word_at(const uint8_t *p) {
+    uint64_t word;
+    memcpy(&word, p, sizeof word);
+    return word;
+}
+
 /* Mask word `w` of a token and where its values start. */
 INLINE uint64_t word_of(const Tokens *s, const Query *q, int64_t token, int64_t w, const bf16 **values) {
-    const uint8_t *record = s->at + token * s->stride;
+    const uint8_t *record = s->at + token * s->stride, *soon = record + AHEAD * s->stride;
+    __builtin_prefetch(soon + (s->dense ? 128 : 64) * w);
     if (s->dense) {
+        __builtin_prefetch(soon + 128 * w + 64);
         *values = (const bf16 *)record + 64 * w;
         return existing(q->dim, w);
     }
-    uint64_t mask[1 + 3];
-    memcpy(mask, record, (size_t)(w + 1) * 8);
     const bf16 *v = (const bf16 *)(record + 8 * q->words);
-    for (int64_t i = 0; i < w; i++) v += popcount(mask[i]);
+    for (int64_t i = 0; i < w; i++) v += popcount(word_at(record + 8 * i));
     *values = v;
-    return mask[w];
+    return word_at(record + 8 * w);
 }
 
 #if defined(SB_AVX512)
@@ -74,7 +82,10 @@ INLINE __m128 sum_four(__m512 a, __m512 b, __m512 c, __m512 d) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-/* score[t * heads + h] for n tokens; heads is 1 (then four tokens at a time) or 4. */
+/* scores: score[t * heads + h] for n tokens; heads is 1 (then four tokens at a time) or 4. Tokens behind the last
+   repeat it; their scores are overwritten by -inf. values: out[h] += sum over tokens of weight[t * heads + h] *
+   value[t]. */
+#if defined(__AVX512BF16__)
 INLINE void scores(const Tokens *s, const Query *q, int64_t first, int64_t n, const int heads, float *score) {
     const bf16 *query = (const bf16 *)q->q;
     const int step = MOST / heads;
@@ -84,7 +95,6 @@ INLINE void scores(const Tokens *s, const Query *q, int64_t first, int64_t n, co
         for (int64_t w = 0; w < q->words; w++)
             UNROLL(4) for (int u = 0; u < step; u++) {
                 __m512i low, high;
-                /* tokens behind the last repeat it; their scores are overwritten by -inf */
                 entries(s, q, first + (t + u < n ? t + u : n - 1), w, &low, &high);
                 UNROLL(4) for (int h = 0; h < heads; h++) {
                     const bf16 *in = query + h * q->padded + 64 * w;
@@ -97,7 +107,6 @@ INLINE void scores(const Tokens *s, const Query *q, int64_t first, int64_t n, co
     }
 }
 
-/* out[h] += sum over tokens of weight[t * heads + h] * value[t] */
 INLINE void values(const Tokens *s, const Query *q, int64_t first, int64_t n, const int heads, const float *weight,
                    float *out) {
     uint32_t pair[CHUNK / 2][MOST];
@@ -127,7 +136,52 @@ INLINE void values(const Tokens *s, const Query *q, int64_t first, int64_t n, co
 }
 
 #define INNER sizeof(bf16)
+#define QUERY(i) (i)
 #define PLACE(i) ((i) / 32 * 32 + interleaved((int)((i) % 32)))
+#else
+INLINE void scores(const Tokens *s, const Query *q, int64_t first, int64_t n, const int heads, float *score) {
+    const float *query = (const float *)q->q;
+    const int step = MOST / heads;
+    for (int64_t t = 0; t < n; t += step) {
+        vf sum[MOST] = {{0}};
+        for (int64_t w = 0; w < q->words; w++)
+            UNROLL(4) for (int u = 0; u < step; u++) {
+                __m512i low, high;
+                entries(s, q, first + (t + u < n ? t + u : n - 1), w, &low, &high);
+                vf entry[4] = {first_of_pairs((vu)low), second_of_pairs((vu)low), first_of_pairs((vu)high),
+                               second_of_pairs((vu)high)};
+                UNROLL(4) for (int h = 0; h < heads; h++)
+                    UNROLL(4) for (int c = 0; c < 4; c++)
+                        sum[u * heads + h] += entry[c] * load_vf(query + h * q->padded + 64 * w + LANES * c);
+            }
+        __m128 four = sum_four((__m512)sum[0], (__m512)sum[1], (__m512)sum[2], (__m512)sum[3]);
+        _mm_storeu_ps(score + t * heads, _mm_mul_ps(four, _mm_set1_ps(q->scale)));
+    }
+}
+
+INLINE void values(const Tokens *s, const Query *q, int64_t first, int64_t n, const int heads, const float *weight,
+                   float *out) {
+    for (int64_t w = 0; w < q->words; w++) {
+        vf sum[MOST][4];
+        UNROLL(4) for (int h = 0; h < heads; h++)
+            UNROLL(4) for (int c = 0; c < 4; c++) sum[h][c] = load_vf(out + h * q->padded + 64 * w + LANES * c);
+        for (int64_t t = 0; t < n; t++) {
+            __m512i low, high;
+            entries(s, q, first + t, w, &low, &high);
+            vf entry[4] = {first_of_pairs((vu)low), second_of_pairs((vu)low), first_of_pairs((vu)high),
+                           second_of_pairs((vu)high)};
+            UNROLL(4) for (int h = 0; h < heads; h++)
+                UNROLL(4) for (int c = 0; c < 4; c++) sum[h][c] += entry[c] * weight[t * heads + h];
+        }
+        UNROLL(4) for (int h = 0; h < heads; h++)
+            UNROLL(4) for (int c = 0; c < 4; c++) store_vf(out + h * q->padded + 64 * w + LANES * c, sum[h][c]);
+    }
+}
+
+#define INNER sizeof(float)
+#define QUERY(i) of_pairs(i)
+#define PLACE(i) of_pairs(i)
+#endif
 #else
 INLINE void entries(const Tokens *s, const Query *q, int64_t token, int64_t w, float *entry) {
     const bf16 *v;
@@ -136,7 +190,10 @@ INLINE void entries(const Tokens *s, const Query *q, int64_t token, int64_t w, f
         expand64_bf16(mask, v, entry);
         return;
     }
-    for (int i = 0; i < 64; i++) entry[i] = mask >> i & 1 ? from_bf16(v[i]) : 0.0f;
+    if (mask == ~0ull)
+        for (int i = 0; i < 64; i++) entry[i] = from_bf16(v[i]);
+    else
+        for (int i = 0; i < 64; i++) entry[i] = mask >> i & 1 ? from_bf16(v[i]) : 0.0f;
 }
 
 INLINE void scores(const Tokens *s, const Query *q, int64_t first, int64_t n, const int heads, float *score) {
@@ -169,6 +226,7 @@ INLINE void values(const Tokens *s, const Query *q, int64_t first, int64_t n, co
 }
 
 #define INNER sizeof(float)
+#define QUERY(i) (i)
 #define PLACE(i) (i)
 #endif
 
@@ -217,12 +275,13 @@ static void walk(const Tokens *k, const Tokens *v, const Query *q, int64_t first
 static void prepare(const void *q, int format, int64_t have, int64_t dim, int64_t padded, void *to) {
     memset(to, 0, (size_t)(MOST * padded) * INNER);
     for (int64_t h = 0; h < have; h++)
-        for (int64_t d = 0; d < dim; d++) {
-            float value = get(q, h * dim + d, format);
+        for (int64_t i = 0; i < padded; i++) {
+            if (QUERY(i) >= dim) continue;
+            float value = get(q, h * dim + QUERY(i), format);
             if (INNER == sizeof(bf16))
-                ((bf16 *)to)[h * padded + d] = to_bf16(value);
+                ((bf16 *)to)[h * padded + i] = to_bf16(value);
             else
-                ((float *)to)[h * padded + d] = value;
+                ((float *)to)[h * padded + i] = value;
         }
 }
 

@@ -1,4 +1,4 @@
-/* The shuffle tables of the AVX2 expansion, filled when the library is loaded. */
+/* The shuffle tables of the AVX2 and NEON expansions, filled when the library is loaded. */
 #include "common.h"
 
 #if defined(SB_AVX2)
@@ -19,15 +19,21 @@ __attribute__((constructor)) static void fill_tables(void) {
         }
     }
 }
-#endif
+#elif defined(SB_NEON)
+uint8_t sb_shuffle_bf16[16][16] __attribute__((aligned(16)));
+uint8_t sb_shuffle_f32[16][16] __attribute__((aligned(16)));
+uint8_t sb_few[16];
 
-/* Which instruction set this object was compiled for: 2 avx512, 1 avx2, 0 portable. */
-API int sb_isa(void) {
-#if defined(SB_AVX512)
-    return 2;
-#elif defined(SB_AVX2)
-    return 1;
-#else
-    return 0;
-#endif
+__attribute__((constructor)) static void fill_tables(void) {
+    memset(sb_shuffle_bf16, 255, sizeof sb_shuffle_bf16); /* an index beyond the table makes tbl write zero */
+    memset(sb_shuffle_f32, 255, sizeof sb_shuffle_f32);
+    for (int kept = 0; kept < 16; kept++)
+        for (int lane = 0; lane < 4; lane++) {
+            if (!(kept >> lane & 1)) continue;
+            int next = sb_few[kept]++;
+            for (int byte = 0; byte < 4; byte++) sb_shuffle_f32[kept][4 * lane + byte] = (uint8_t)(4 * next + byte);
+            for (int byte = 0; byte < 2; byte++)
+                sb_shuffle_bf16[kept][4 * lane + 2 + byte] = (uint8_t)(2 * next + byte);
+        }
 }
+#endif
