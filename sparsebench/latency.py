@@ -26,6 +26,7 @@ from sparsebench.methods.activations.gating import Gating
 from sparsebench.methods.activations.sirius import Drafting
 from sparsebench.methods.attention.base import SparseAttention
 from sparsebench.methods.attention.on_kernels import KernelUse
+from sparsebench.models import caching
 
 if TYPE_CHECKING:
     from sparsebench.making import SparseModel
@@ -171,12 +172,11 @@ def _answers(model: Any, ids: Tensor, drafting: Drafting | None) -> Tensor:
     """Logits of a prefill and of a token behind it: (1, tokens + 1, vocabulary)."""
     decoder = None if drafting is None else drafting.decoder()
     if decoder is None:
-        output = model(input_ids=ids, use_cache=True)
-        logits, cache = output.logits, output.past_key_values
+        logits, cache = caching.read(model, ids)
     else:
         logits, cache = decoder.read(ids)
     with nullcontext() if decoder is None else decoder.sparse():
-        step = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).logits
+        step, _ = caching.read(model, ids[:, :1], cache)
     return torch.cat([logits, step], dim=1)
 
 
@@ -186,8 +186,8 @@ def _prefill(model: Any, ids: Tensor) -> Callable[[int], Any]:
 
 def _decode(model: Any, ids: Tensor) -> Callable[[int], Tensor]:
     """One token behind a cache of all of ``ids``: each call has its own copy, made ahead."""
-    caches = _copies(model(input_ids=ids, use_cache=True).past_key_values)
-    return lambda call: model(input_ids=ids[:, :1], past_key_values=caches[call], use_cache=True).logits[0]
+    caches = _copies(caching.read(model, ids)[1])
+    return lambda call: caching.read(model, ids[:, :1], caches[call])[0][0]
 
 
 def _advance(decoder: Decoder, ids: Tensor) -> Callable[[int], list[int]]:

@@ -21,6 +21,7 @@ from sparsebench.errors import UserError
 from sparsebench.kernels import build, ops
 from sparsebench.kernels.formats import NM, Bitmap, ColumnBitmap, ColumnMajor, Columns
 from sparsebench.kernels.swap import Replaced, SparseLinear, Swap, installed
+from sparsebench.models import caching
 
 HEAD_DIM = 128
 
@@ -181,11 +182,11 @@ def decoding(model: PreTrainedModel, context: int) -> Call:
     """Decodes one token behind a cache of ``context`` tokens, which is as long afterwards as before."""
     ids = torch.randint(model.config.get_text_config().vocab_size, (1, context))
     cache = DynamicCache(config=model.config)
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    caching.read(model, ids, cache)
     token = ids[:, :1]
 
     def step(number: int) -> object:
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+        logits, _ = caching.read(model, token, cache)
         cache.crop(-1)
         return logits
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsebench.models import caching
 from sparsebench.models.base import LoadedModel
 
 Choose = Callable[[Tensor], list[int]]  # logits (rows, vocabulary) -> an id a row
@@ -76,12 +77,9 @@ class Stream:
             places = (self.real.cumsum(dim=1) - 1).clamp(min=0)
             where = {"attention_mask": self.real, "position_ids": places[:, -longest:]}
         arguments = inspect.signature(self.loaded.model.forward).parameters
-        named = "cache" if "cache" in arguments else "past_key_values"  # older model code has the latter
         rest: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
-        if self.cache is not None:
-            rest[named] = self.cache
-        output = self.loaded.model(input_ids=ids, use_cache=True, **where, **rest)
-        self.cache, self.logits = getattr(output, named), output.logits[:, -1]
+        logits, self.cache = caching.read(self.loaded.model, ids, self.cache, **where, **rest)
+        self.logits = logits[:, -1]
         if self.logits.isnan().any():
             raise FloatingPointError("the model's logits are not numbers (NaN)")
         return self

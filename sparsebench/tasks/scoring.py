@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsebench.models import caching
 from sparsebench.models.base import LoadedModel
 
 
@@ -21,16 +22,12 @@ def score_tokens(loaded: LoadedModel, ids: Tensor, *, prefill: int = 0, step: in
     if prefill == 0:
         logits = loaded.model(input_ids=ids[:, :-1], use_cache=False).logits
         return score_logits(logits, ids[:, 1:])
-    output = loaded.model(input_ids=ids[:, :prefill], use_cache=True)
-    cache, last = output.past_key_values, output.logits[:, -1:]
+    logits, cache = caching.read(loaded.model, ids[:, :prefill])
     size = step or ids.shape[1]
-    pieces = [last]
+    pieces = [logits[:, -1:]]
     for start in range(prefill, ids.shape[1] - 1, size):
-        output = loaded.model(
-            input_ids=ids[:, start : min(start + size, ids.shape[1] - 1)], past_key_values=cache, use_cache=True
-        )
-        cache = output.past_key_values
-        pieces.append(output.logits)
+        logits, cache = caching.read(loaded.model, ids[:, start : min(start + size, ids.shape[1] - 1)], cache)
+        pieces.append(logits)
     return score_logits(torch.cat(pieces, dim=1), ids[:, prefill:])
 
 

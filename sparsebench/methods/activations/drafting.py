@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsebench.models import caching
+
 _SURE = 0.95  # filter_active: a child this likely has no siblings
 
 
@@ -60,8 +62,8 @@ class Decoder:
     counts: Counts = field(default_factory=Counts)
 
     def _forward(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        output = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
-        return output.logits.float(), output.past_key_values
+        logits, cache = caching.read(self.model, ids, cache)
+        return logits.float(), cache
 
     @torch.no_grad()
     def generate(self, ids: Tensor, new: int, ends: set[int]) -> list[int]:

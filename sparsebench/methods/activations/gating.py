@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparsebench.costs.saving import Saving
 from sparsebench.methods.activations.sites import GatedBlock, Linear
 from sparsebench.methods.base import Counted
+from sparsebench.models import caching
 
 PREFILL, DECODE = 0, 1
 
@@ -143,8 +144,7 @@ class Acting:
 
         def phase(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             ids = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
-            cache = kwargs.get("past_key_values")  # newer transformers call it cache
-            cache = kwargs.get("cache") if cache is None else cache
+            cache = caching.cache_given(kwargs)
             cached = cache is not None and cache.get_seq_length() > 0
             self.phase = DECODE if cached or (ids is not None and ids.shape[1] == 1) else PREFILL
 

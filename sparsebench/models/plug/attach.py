@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -17,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 from sparsebench.errors import UserError
+from sparsebench.models import caching
 from sparsebench.models.plug.cache import PositionCache
 from sparsebench.models.plug.call import Allowed, Call, Handler, Rotary, Work
 
@@ -46,7 +46,7 @@ class Plug:
     ) -> Any:
         """The attention module's output (B, T, H, D), under the handlers."""
         told = self.seen.pop(module)
-        given = told.get("cache", told.get("past_key_values"))
+        given = caching.cache_given(told)
         cache = given if isinstance(given, PositionCache) else None
         if given is not None and cache is None:
             raise UserError(f"model: its cache of class {type(given).__name__} is out of the methods' reach")
@@ -200,14 +200,12 @@ def _implementation(model: PreTrainedModel) -> Iterator[None]:
 
 def _give_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before the model runs: a cache that knows positions, where transformers would make or has just made its own."""
-    name = next(name for name in ("cache", "past_key_values") if name in inspect.signature(model.forward).parameters)
-    given = kwargs.get("cache", kwargs.get("past_key_values"))
+    given = caching.cache_given(kwargs)
     wanted = kwargs.get("use_cache")
     wanted = getattr(model.config, "use_cache", False) if wanted is None else wanted
     fresh = given is None and wanted
     if fresh or (type(given) is DynamicCache and given.get_seq_length() == 0):
-        rest = {key: value for key, value in kwargs.items() if key not in ("cache", "past_key_values")}
-        return args, {**rest, name: PositionCache()}
+        return args, {**caching.without_cache(kwargs), caching.cache_name(model): PositionCache()}
     return None
 
 

@@ -28,6 +28,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sparsebench.errors import UserError
+from sparsebench.models import caching
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -66,7 +67,6 @@ class CachedLM(TemplateLM):  # type: ignore[misc]
         self._rows_selectable = False  # until a cache was seen
         arguments = inspect.signature(loaded.model.forward).parameters
         self._keep_one = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
-        self._cache_name = "cache" if "cache" in arguments else "past_key_values"  # older model code has the latter
         self._done = self._total = 0
 
     # ------------------------------------------------------------------ tokens
@@ -176,8 +176,7 @@ class CachedLM(TemplateLM):  # type: ignore[misc]
         """The cache after the prefixes, one row each; None for the empty prefix."""
         if not batch[0]:
             return None
-        output = self.model(input_ids=self._tensor(batch), use_cache=True, **self._keep_one)
-        cache = getattr(output, self._cache_name)
+        _, cache = caching.read(self.model, self._tensor(batch), **self._keep_one)
         self._rows_selectable = _rows_selectable(cache)
         return cache
 
@@ -188,8 +187,7 @@ class CachedLM(TemplateLM):  # type: ignore[misc]
         past = copy.deepcopy(cache)  # a forward appends to its cache, and other continuations still need it
         if self._rows_selectable:
             past.batch_select_indices(torch.tensor(rows, device=self._device))
-        output = self.model(input_ids=tokens, use_cache=True, **{self._cache_name: past})
-        return output.logits.float()  # type: ignore[no-any-return]
+        return caching.read(self.model, tokens, past)[0].float()
 
     def _tensor(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor(rows, dtype=torch.long, device=self._device)
