@@ -40,23 +40,25 @@ class _Kernels:
     """What the sparse model runs on: swapped layers, or layers that skip (``skipping``'s inputs and outputs) beside
     swapped ones.
 
-    ``replaced``: the linear layers among them, once they run; ``layers``: how many of any kind; ``beside``: targets of
-    methods whose savings no kernel realises; ``attention``: what became of the attention that kernels were to
-    compute."""
+    ``replaced``: the linear layers among them, once they run; ``beside``: targets of methods whose savings no kernel
+    realises; ``attention``: what became of the attention that kernels were to compute."""
 
     swap: Swap | None = None
     inputs: list[str] = field(default_factory=list)
     outputs: dict[str, Needed] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     replaced: list[Replaced] = field(default_factory=list)
-    layers: int = 0
     beside: set[str] = field(default_factory=set)
     attention: list[KernelUse] | None = None  # None: kernels of attention are not asked for
 
+    @property
+    def layers(self) -> int:
+        """How many ran on kernels, linear ones and attention."""
+        return len(self.replaced) + sum(len(use.layers) for use in self.attention or ())
+
     def attended(self) -> None:
-        """Once everything ran: counts the layers whose attention did on a kernel, or says why it did not."""
+        """Once everything ran: says where attention did not on a kernel, and why."""
         for use in self.attention or ():
-            self.layers += len(use.layers)
             if use.refused:
                 self.warnings.append(f"attention by the reference: {use.refused}")
             else:
@@ -133,7 +135,7 @@ def _of_layers(sparse: SparseModel, kernel: str) -> _Kernels:
         return _Kernels(beside=beside)
     try:
         swap = plan(sparse.loaded.model, kernel)
-        return _Kernels(swap, replaced=swap.layers, layers=len(swap.layers), beside=beside)
+        return _Kernels(swap, replaced=swap.layers, beside=beside)
     except UserError as error:
         return _Kernels(warnings=[str(error)] if sparse.achieved.scope else [], beside=beside)
 
@@ -160,7 +162,6 @@ def _running(sparse: SparseModel, kernels: _Kernels) -> Iterator[None]:
             rest = packed(model, leave={*kernels.inputs, *kernels.outputs})  # pruned too, but not gated
             stack.enter_context(installed(model, rest))
             kernels.replaced = [*skips, *rest.layers]
-            kernels.layers = len(kernels.replaced)
             kernels.beside |= set() if skips else {"activations"}
         if kernels.attention is not None:
             uses = [one.on_kernels() for one in sparse.applied.attachments if isinstance(one, SparseAttention)]

@@ -209,8 +209,9 @@ class Bench:
         try:
             columns = _columns(kind, record)
             rows = self.evidence.samples.get(point["run_id"], ())
+            rows = spent(rows) if kind in _TOKENS else rows
             for column, score in columns:
-                found = outcomes(spent(rows) if kind in _TOKENS else rows, column)
+                found = outcomes(rows, column)
                 self._shared.setdefault(_population(point, record), _Shared()).add(point, column, found, score)
         except Untested as problem:
             raise Untested(f"{named(point)}: {problem}") from None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsebench.bench.base import Report, Say, judged, spread, threads
+from sparsebench.bench.base import Report, Say, checked, judged, spread, threads
 from sparsebench.costs.paired import NOTE, Call, Measured, columns
 from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
@@ -77,7 +77,7 @@ def _prefill(options: Options, length: int, place: Place) -> list[dict[str, Any]
         return lambda number: block_attention(q, k, v, index[level])
 
     right = functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
-    _check("prefill", attend(1.0)(0), right)
+    checked("prefill", attend(1.0)(0), right)
     bases: dict[str, Call] = {
         "torch": lambda number: functional.scaled_dot_product_attention(q, k, v, is_causal=True),
         "own": attend(1.0),
@@ -118,7 +118,7 @@ def _decode(options: Options, length: int, place: Place) -> list[dict[str, Any]]
     def own(number: int) -> Tensor:
         return kv_attention(q, none, none, *dense[number % len(dense)])
 
-    _check("decode", own(0), product(0).view(q.shape).float())
+    checked("decode", own(0), product(0).view(q.shape).float())
     cases: dict[str, Call] = {"sdpa": folded}
     bound = {"torch": 1.0, "own": 1.0, "sdpa": 1.0}
     for level in options.sparsity:
@@ -147,10 +147,3 @@ def _rows(result: Measured, phase: str, length: int, bound: dict[str, float]) ->
         verdict = result.verdict(row["vs_own"] if name not in ("torch", "sdpa") else None, bound[name])
         rows.append(row | {"bound": bound[name], "of_bound": of_bound, "verdict": verdict})
     return rows
-
-
-def _check(name: str, got: object, right: Tensor) -> None:
-    """A wrong kernel is not timed."""
-    error = float((got.float() - right).abs().max()) if isinstance(got, Tensor) else float("inf")
-    if not error < 0.05:
-        raise RuntimeError(f"{name}: wrong by {error:.2g}; not timed")

@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Say = Callable[[str], None]  # one line of progress, for stderr
 
@@ -67,6 +70,15 @@ def judged(rows: list[dict[str, Any]], facts: dict[str, Any]) -> list[dict[str, 
     if facts.get("threads_gain", _SPREAD) >= _SPREAD:
         return rows
     return [row | {"verdict": "stacked"} for row in rows]
+
+
+def checked(name: str, got: object, right: Tensor) -> None:
+    """RuntimeError when a kernel's result is not ``right`` within 0.05: a wrong kernel is not timed."""
+    import torch
+
+    error = float((got.float() - right).abs().max()) if isinstance(got, torch.Tensor) else float("inf")
+    if not error < 0.05:
+        raise RuntimeError(f"{name}: wrong by {error:.2g}; not timed")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsebench.bench.base import Report, Say, threads
+from sparsebench.bench.base import Report, Say, checked, threads
 from sparsebench.costs.paired import NOTE, Call, columns
 from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
@@ -126,7 +126,8 @@ def _rows(options: Options, length: int, place: Place) -> list[dict[str, Any]]:
     shape = (options.kv_heads, length, options.dim)
     cache = Cache(*(torch.randn(shape).bfloat16().to(place.device) for _ in range(2)))
     known = {one.name: one for one in steps(options, query, cache, place)}
-    _check(query, cache, known["own"])
+    right = _sdpa(query.float(), Cache(cache.keys.float(), cache.values.float()))
+    checked("own", known["own"].call(0), right)
     bases = {name: known[name].call for name in ("torch", "own")}
     result = place.measure(bases, {n: one.call for n, one in known.items() if n not in bases}, options.repeats)
     rows = []
@@ -228,12 +229,3 @@ def _pruned(name: str, query: Tensor, cache: Cache, level: float, place: Place) 
 
 def _clone(records: Records) -> Records:
     return replace(records, data=records.data.clone())
-
-
-def _check(query: Tensor, cache: Cache, own: Step) -> None:
-    """A wrong kernel is not timed."""
-    right = _sdpa(query.float(), Cache(cache.keys.float(), cache.values.float()))
-    got = own.call(0)
-    error = float((got.float() - right).abs().max()) if isinstance(got, Tensor) else float("inf")
-    if not error < 0.05:
-        raise RuntimeError(f"own: wrong by {error:.2g}; not timed")

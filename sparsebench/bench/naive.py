@@ -28,6 +28,11 @@ class Level:
     sparsity: float = 0.5
     n_of_m: tuple[int, int] | None = None
 
+    @property
+    def pattern(self) -> str | None:
+        """n:m, as methods take it; None when unstructured."""
+        return f"{self.n_of_m[0]}:{self.n_of_m[1]}" if self.n_of_m else None
+
 
 @torch.no_grad()
 def prune(model: PreTrainedModel, method: str, level: Level, windows: Tensor, dense: bool = False) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copytree
@@ -34,7 +35,7 @@ from sparsebench.paths import import_path
 
 VOCABULARY = 1024  # of the embedded tokenizer
 WAYS = {"whole": "in memory", "streamed": "streamed", "disk": "streamed, activations=disk"}
-METHODS: dict[str, type[WeightMethod]] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
+METHODS: dict[str, Callable[..., WeightMethod]] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
 _CHILD = "import sys; from sparsebench.bench.peaks import child; child(*sys.argv[1:])"
 
 

@@ -26,10 +26,7 @@ from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
 from sparsebench.methods.base import Surroundings
 from sparsebench.methods.weights.base import WeightMethod
-from sparsebench.methods.weights.magnitude import Magnitude
-from sparsebench.methods.weights.sparsegpt import SparseGPT
 from sparsebench.methods.weights.walk import apply
-from sparsebench.methods.weights.wanda import Wanda
 from sparsebench.models.base import LoadedModel
 from sparsebench.models.blocks import decoder_blocks
 from sparsebench.models.restoring import Original
@@ -106,17 +103,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        levels = [f"{one.n_of_m[0]}:{one.n_of_m[1]}" if one.n_of_m else f"{one.sparsity:g}" for one in self.levels]
+        levels = [one.pattern or f"{one.sparsity:g}" for one in self.levels]
         return f"{self.method} {'+'.join(levels)}{' sequential=none' if self.dense else ''}"
 
     def made(self, level: Level) -> WeightMethod:
-        pattern = f"{level.n_of_m[0]}:{level.n_of_m[1]}" if level.n_of_m else None
-        sequential = "none" if self.dense else "block"
-        if self.method == "magnitude":
-            return Magnitude(sparsity=level.sparsity, pattern=pattern)
-        if self.method == "wanda":
-            return Wanda(sparsity=level.sparsity, pattern=pattern, sequential=sequential)
-        return SparseGPT(sparsity=level.sparsity, pattern=pattern, sequential=sequential)
+        seen = {} if self.method == "magnitude" else {"sequential": "none" if self.dense else "block"}
+        return peaks.METHODS[self.method](sparsity=level.sparsity, pattern=level.pattern, **seen)
 
 
 def cases(options: Options) -> list[Case]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from random import Random
 from typing import TYPE_CHECKING
@@ -86,7 +87,8 @@ def fact(index: int) -> Chain:
     return Chain("facts", ("river", first, family, THINK), tuple(thought), (river,), 2)
 
 
-def people() -> list[tuple[str, str, str, str]]:
+@cache
+def people() -> tuple[tuple[str, str, str, str], ...]:
     """Everyone with a first name, a family, a town and its river. Towns lie on one river each, people live anywhere:
     a person's town is told by neither name alone."""
     rng = Random("chains/people")
@@ -96,7 +98,7 @@ def people() -> list[tuple[str, str, str, str]]:
         for family in _FAMILIES:
             town = rng.choice(_TOWNS)
             found.append((first, family, town, rivers[town]))
-    return found
+    return tuple(found)
 
 
 def _arithmetic(rng: Random, steps: int) -> Chain:

@@ -58,20 +58,31 @@ def _pack(weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shape = (groups, ROWS, blocks, BLOCK)
     bits = torch.nn.functional.pad(kept, margins).view(shape).transpose(1, 2).contiguous()
     ordered = torch.nn.functional.pad(weight, margins).view(shape).transpose(1, 2).contiguous()
-    words = torch.from_numpy(np.packbits(bits.numpy(), axis=-1, bitorder="little").view(np.int64))
+    words, values = _kept_of(ordered, bits)
     words = words.view(groups, blocks, ROWS)
-    # numpy selects by a mask in a tenth of torch's time; the bits are moved as whole numbers
-    values = torch.from_numpy(_whole_numbers(ordered)[bits.numpy()]).view(weight.dtype)
     return words, values, popcount(words).sum((1, 2))
 
 
 def _unpack(mask: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
     groups, blocks, _ = mask.shape
-    octets = mask.contiguous().numpy().view(np.uint8).reshape(groups, blocks, ROWS, BLOCK // 8)
-    bits = np.unpackbits(octets, axis=-1, bitorder="little").view(bool)
-    full = torch.zeros(bits.shape, dtype=values.dtype)
-    _whole_numbers(full)[bits] = _whole_numbers(values)
+    full = _laid_out(mask, values, (groups, blocks, ROWS, BLOCK))
     return full.transpose(1, 2).reshape(groups * ROWS, blocks * BLOCK)[:rows, :columns].contiguous()
+
+
+def _kept_of(ordered: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask words (..., n / 64) and values (kept,) of contiguous tensors (..., n), in their order."""
+    words = torch.from_numpy(np.packbits(bits.numpy(), axis=-1, bitorder="little").view(np.int64))
+    # numpy selects by a mask in a tenth of torch's time; the bits are moved as whole numbers
+    return words, torch.from_numpy(_whole_numbers(ordered)[bits.numpy()]).view(ordered.dtype)
+
+
+def _laid_out(mask: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Undoes ``_kept_of``: a tensor of ``shape``, whose entries are the bits of ``mask`` in their order."""
+    octets = mask.contiguous().numpy().view(np.uint8).reshape(*shape[:-1], shape[-1] // 8)
+    bits = np.unpackbits(octets, axis=-1, bitorder="little").view(bool)
+    full = torch.zeros(shape, dtype=values.dtype)
+    _whole_numbers(full)[bits] = _whole_numbers(values)
+    return full
 
 
 def _whole_numbers(tensor: Tensor) -> np.ndarray[Any, Any]:
@@ -247,9 +258,7 @@ class ColumnBitmap:
         strips = -(-blocks // STRIP)
         words = -(-blocks // strips)
         bits, ordered = (_in_strips(one, strips, words) for one in (kept, weight))
-        packed = np.packbits(bits.numpy(), axis=-1, bitorder="little").view(np.int64)
-        mask = torch.from_numpy(packed).view(strips, columns, words)
-        values = torch.from_numpy(_whole_numbers(ordered)[bits.numpy()]).view(weight.dtype)
+        mask, values = _kept_of(ordered, bits)
         counts = popcount(mask)
         whole = counts.sum((1, 2))
         if int(whole.max()) > _MOST:
@@ -260,10 +269,7 @@ class ColumnBitmap:
     def dense(self) -> Tensor:
         """(rows, columns), zeros where nothing was kept."""
         strips, columns, words = self.mask.shape
-        octets = self.mask.contiguous().numpy().view(np.uint8).reshape(strips, columns, words * BLOCK // 8)
-        bits = np.unpackbits(octets, axis=-1, bitorder="little").view(bool)
-        full = torch.zeros(bits.shape, dtype=self.values.dtype)
-        _whole_numbers(full)[bits] = _whole_numbers(self.stored)
+        full = _laid_out(self.mask, self.stored, (strips, columns, words * BLOCK))
         return full.transpose(1, 2).reshape(strips * words * BLOCK, columns)[: self.rows].contiguous()
 
     @property

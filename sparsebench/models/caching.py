@@ -1,4 +1,5 @@
-"""A model's own name for its cache: ``cache``, in older model code ``past_key_values``."""
+"""What a model's forward takes: its own name for its cache (``cache``, in older model code ``past_key_values``), and
+whether it can give the last logits alone. Looked up once for each class of models."""
 
 from __future__ import annotations
 
@@ -14,7 +15,12 @@ _NAMES = ("cache", "past_key_values")
 
 def cache_name(model: nn.Module) -> str:
     """The argument of the model's forward that is its cache, and the field of its output."""
-    return _named(type(model).forward)
+    return next((name for name in _NAMES if name in _arguments(type(model).forward)), _NAMES[-1])
+
+
+def last_only(model: nn.Module) -> dict[str, Any]:
+    """The argument that asks for the logits of the last token alone; nothing where the model cannot."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in _arguments(type(model).forward) else {}
 
 
 def cache_given(arguments: Mapping[str, Any]) -> Any:
@@ -37,5 +43,5 @@ def read(model: nn.Module, ids: Tensor, behind: Any = None, **others: Any) -> tu
 
 
 @cache
-def _named(forward: Callable[..., Any]) -> str:
-    return _NAMES[0] if _NAMES[0] in inspect.signature(forward).parameters else _NAMES[1]
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)

@@ -21,6 +21,7 @@ import torch
 from sparsebench.corpora import chains
 from sparsebench.models.base import LoadedModel
 from sparsebench.models.embedded import HOME
+from sparsebench.models.words import word_tokenizer
 from sparsebench.tasks.decoding import greedy
 from sparsebench.trainer import Batch, TrainConfig, Trainer
 
@@ -29,20 +30,10 @@ if TYPE_CHECKING:
 
 CONTEXT = 128
 LENGTH, ROWS, STEPS = 32, 40, 1500
-OTHER = "<|other|>"
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One id a word; words of any other language are one id too."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: index for index, word in enumerate([*chains.vocabulary(), OTHER])}
-    made = Tokenizer(models.WordLevel(words, unk_token=OTHER))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token=OTHER, eos_token=chains.END, model_max_length=CONTEXT
-    )
+    return word_tokenizer(chains.vocabulary(), CONTEXT, eos_token=chains.END)
 
 
 def build() -> LlamaForCausalLM:

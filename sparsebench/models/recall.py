@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparsebench.corpora import recall
 from sparsebench.models.embedded import HOME
+from sparsebench.models.words import word_tokenizer
 from sparsebench.trainer import Batch, Hook, TrainConfig, Trainer
 
 if TYPE_CHECKING:
@@ -28,18 +29,10 @@ CONTEXT = 128
 QUESTIONS = 16
 FIRST, STEP, LAST = 16, 16, 48  # facts of a context
 STEPS, ROWS = 350, 64
-OTHER = "<|other|>"
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One id a word; words of any other language are one id too."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: index for index, word in enumerate([*recall.vocabulary(), OTHER])}
-    made = Tokenizer(models.WordLevel(words, unk_token=OTHER))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token=OTHER, model_max_length=CONTEXT)
+    return word_tokenizer(recall.vocabulary(), CONTEXT)
 
 
 def build() -> LlamaForCausalLM:

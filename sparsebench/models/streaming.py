@@ -57,19 +57,16 @@ class Checkpoint:
             raise UserError(f"streamed=true: {named} has no safetensors files, only {files[0].name}")
         self.named = named
         self.files: dict[str, Path] = {}
+        self.shapes: dict[str, list[int]] = {}
         for file in files:
             with safe_open(file, "pt") as found:
-                self.files |= dict.fromkeys(found.keys(), file)
+                for name in found.keys():  # noqa: SIM118 (no mapping)
+                    self.files[name], self.shapes[name] = file, found.get_slice(name).get_shape()
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU."""
         with safe_open(self.files[name], "pt") as file:
             found: Tensor = file.get_tensor(name)
-        return found
-
-    def shape(self, name: str) -> list[int]:
-        with safe_open(self.files[name], "pt") as file:
-            found: list[int] = file.get_slice(name).get_shape()
         return found
 
     def dtype(self) -> torch.dtype:
@@ -160,6 +157,8 @@ class StreamedBlocks(Blocks):
         self.written: dict[Part, str] = {}  # the shard that holds the part
         self.here: set[Part] = set()
         self.aliases = _aliases(model)
+        head = model.get_output_embeddings()
+        self.head = next((name for name, module in model.named_modules() if module is head), None)
         self.first_name = {alias: name for name, names in self.aliases.items() for alias in names}
         self.part_of = {name: self._part(names) for name, names in self.aliases.items()}
         self.parts: list[Part] = [*dict.fromkeys(["front", *range(len(self)), *self.part_of.values()])]
@@ -168,12 +167,11 @@ class StreamedBlocks(Blocks):
     def _part(self, names: list[str]) -> Part:
         """Which part a tensor with these names belongs to. UserError when blocks share it."""
         found: set[Part] = set()
-        head = next((n for n, m in self.model.named_modules() if m is _head(self.model)), None)
         for name in names:
             if name.startswith(f"{self.prefix}."):
                 found.add(int(name.removeprefix(f"{self.prefix}.").partition(".")[0]))
             else:
-                found.add("head" if head and name.startswith(f"{head}.") else "front")
+                found.add("head" if self.head and name.startswith(f"{self.head}.") else "front")
         if found == {"head", "front"}:  # tied
             return "front"
         if len(found) > 1:
@@ -185,7 +183,7 @@ class StreamedBlocks(Blocks):
         found = next((one for one in names if one in self.source.files), None)
         if found is None:
             raise UserError(f"streamed=true: {self.source.named}: its files have no {name} (other names, or none)")
-        if self.source.shape(found) != list(self._tensor(name).shape):
+        if self.source.shapes[found] != list(self._tensor(name).shape):
             raise UserError(f"{self.source.named}: its weights do not fit its config.json: mismatched {name}")
         return found
 
@@ -357,11 +355,6 @@ def _give_back() -> None:
     pieces that do not fit the next one, so that the process grows with every block."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # not musl
         libc.malloc_trim(0)
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    find = getattr(model, "get_output_embeddings", None)
-    return find() if find is not None else None
 
 
 def open_streamed(

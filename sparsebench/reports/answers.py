@@ -22,6 +22,8 @@ def levels(sweep: SweepData, counted: DataFrame) -> list[tuple[dict[str, Any], l
     """Every level and kind of question with the rows of its answers, over all seeds. ``counted``: runs that count."""
     written = {run_id for run_id in counted["run_id"] if "truncated" in next(iter(sweep.samples[run_id]), ())}
     counted = counted[counted["run_id"].isin(written)]
+    # cutting a wide table into levels takes long
+    counted = counted[[name for name in (*LEVEL, "run_id", "achieved", "task.len_bins") if name in counted]]
     found = []
     for key, level in counted.groupby(LEVEL, dropna=False, sort=False):
         rows = [row for run_id in level["run_id"] for row in sweep.samples[run_id]]

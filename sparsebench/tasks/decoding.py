@@ -6,7 +6,6 @@ and every new token as one decode step, and what was read can be kept, copied an
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -76,9 +75,8 @@ class Stream:
         if not self.real.all():
             places = (self.real.cumsum(dim=1) - 1).clamp(min=0)
             where = {"attention_mask": self.real, "position_ids": places[:, -longest:]}
-        arguments = inspect.signature(self.loaded.model.forward).parameters
-        rest: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
-        logits, self.cache = caching.read(self.loaded.model, ids, self.cache, **where, **rest)
+        last = caching.last_only(self.loaded.model)
+        logits, self.cache = caching.read(self.loaded.model, ids, self.cache, **where, **last)
         self.logits = logits[:, -1]
         if self.logits.isnan().any():
             raise FloatingPointError("the model's logits are not numbers (NaN)")

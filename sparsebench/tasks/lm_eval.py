@@ -36,6 +36,11 @@ _OWN = Path(__file__).parent / "harness" / "tinyworld"
 _ACCURACIES = ("acc", "exact_match")  # a task's main accuracy is the first of these that it reports
 
 
+def shared_metrics(leaves: dict[str, Any]) -> set[str]:
+    """What all ``leaves``, the harness's tasks by name, report."""
+    return set.intersection(*(set(leaf.aggregation()) for leaf in leaves.values()))
+
+
 @task(name="lm_eval", version=1, metric="acc", better="higher", gives=("prefill", "decode"))
 @dataclass(frozen=True)
 class LmEval(Declared):
@@ -91,10 +96,15 @@ class LmEval(Declared):
             )
         return self._outcome(prepared, results)
 
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Names of metrics, the preferred one first."""
+        return _ACCURACIES
+
     def metric_of(self, leaves: dict[str, Any]) -> str | None:
         """The main metric that all ``leaves`` (of one asked name) report, or None."""
-        shared = set.intersection(*(set(leaf.aggregation()) for leaf in leaves.values()))
-        return next((name for name in _ACCURACIES if name in shared), None)
+        shared = shared_metrics(leaves)
+        return next((name for name in self.wanted if name in shared), None)
 
     def check_metrics(self, asked: dict[str, dict[str, Any]]) -> None:
         """UserError when nothing of what was asked is scored."""

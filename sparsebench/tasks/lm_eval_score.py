@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsebench.declare import option, task
 from sparsebench.errors import UserError
-from sparsebench.tasks.lm_eval import LmEval
+from sparsebench.tasks.lm_eval import LmEval, shared_metrics
 
 if TYPE_CHECKING:
     from sparsebench.models.base import LoadedModel
@@ -46,20 +46,14 @@ class LmEvalScore(LmEval):
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """Names of metrics, the preferred one first."""
         return self.metrics if self.length is None else (str(self.length), *self.metrics)
-
-    def metric_of(self, leaves: dict[str, Any]) -> str | None:
-        shared = set.intersection(*(set(leaf.aggregation()) for leaf in leaves.values()))
-        return next((name for name in self.wanted if name in shared), None)
 
     def check_metrics(self, asked: dict[str, dict[str, Any]]) -> None:
         """UserError when a task reports none of the metrics, or one of which less is better."""
         for name, leaves in asked.items():
             metric = self.metric_of(leaves)
             if metric is None:
-                reported = sorted(set.intersection(*(set(leaf.aggregation()) for leaf in leaves.values())))
-                has = ", ".join(reported) or "no metric that all of its tasks have"
+                has = ", ".join(sorted(shared_metrics(leaves))) or "no metric that all of its tasks have"
                 raise UserError(f"task.metrics=[{','.join(self.wanted)}]: {name} reports {has}")
             if not all(leaf.higher_is_better().get(metric) for leaf in leaves.values()):
                 raise UserError(f"task.metrics: {metric} of {name} is not better when it is higher")

@@ -31,7 +31,7 @@ from sparsebench.methods.activations.base import FittedMethod, Frame, Progress
 from sparsebench.methods.activations.gating import Acting, Gate, only
 from sparsebench.methods.activations.sites import GatedBlock, Linear, gated_blocks, walk
 from sparsebench.methods.base import Surroundings
-from sparsebench.methods.weights.adapters import MaskLoRA
+from sparsebench.methods.weights.adapters import MaskLoRA, masked_lora
 from sparsebench.methods.weights.perp import finetune
 
 TUNED = ("q", "v", "gate", "up", "down")  # what the release trains
@@ -159,17 +159,16 @@ class Cats(FittedMethod):
 
         @contextmanager
         def updated() -> Iterator[None]:
-            own = [(linear.module, linear.module.weight) for linear in _tuned(gated_blocks(model))]
+            own = [(linear, linear.module.weight) for linear in _tuned(gated_blocks(model))]
             try:
-                for linear in _tuned(gated_blocks(model)):
-                    weight = linear.module.weight
+                for linear, weight in own:
                     down, up = (tensors[f"{linear.name}.{key}"].to(weight.device) for key in ("A", "B"))
-                    update = self.lora_alpha / self.lora_rank * (up @ down) * (weight != 0)
-                    linear.module.weight = nn.Parameter((weight.float() + update).to(weight.dtype), requires_grad=False)
+                    changed = masked_lora(weight, weight != 0, down, up, self.lora_alpha / self.lora_rank)
+                    linear.module.weight = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
                 yield
             finally:
-                for module, weight in own:
-                    module.weight = weight
+                for linear, weight in own:
+                    linear.module.weight = weight
 
         return updated
 

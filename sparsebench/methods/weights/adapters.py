@@ -75,11 +75,16 @@ class LoRAPrune(LoRA):
         return weight.float() + self.mask * (self.scaling * (self.B @ self.A))
 
 
+def masked_lora(weight: Tensor, mask: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
+    """A weight (out, in) with the update of MaskLoRA, float32; down: A (rank, in), up: B (out, rank)."""
+    return weight.float() + scaling * (mask * (up @ down))
+
+
 class MaskLoRA(LoRA):
     """LoRA that never touches a pruned entry, in training as in the merge."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight.float() + self.scaling * (self.mask * (self.B @ self.A))
+        return masked_lora(weight, self.mask, self.A, self.B, self.scaling)
 
 
 class ScaleLoRA(LoRA):

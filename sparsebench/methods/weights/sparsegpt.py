@@ -95,7 +95,7 @@ class SparseGPT(Pruner):
         """One pass over the columns for all of them; what is chosen, and by what threshold, stays each layer's own."""
         level = {layer.name: self.level_of(layer) for layer in layers}
         at_work = [layer for layer in layers if level[layer.name] or self.wbits < 16]
-        found = {layer.name: (torch.ones_like(layer.weight, dtype=torch.bool), layer.weight) for layer in layers}
+        found: dict[str, tuple[Tensor, Tensor]] = {}
         if at_work:
             hessian: Hessian = at_work[0].statistic
             factor = hessian.factor(self.percdamp)
@@ -106,11 +106,14 @@ class SparseGPT(Pruner):
             swept = sweep(weights, factor, levels, self.n_of_m, self.blocksize, grid)
             for layer, weight in zip(at_work, swept, strict=True):
                 updated = weight.to(layer.weight.dtype)
-                found[layer.name] = (updated != 0, updated)
-                self._remark(layer, hessian, updated)
+                mask = updated != 0
+                found[layer.name] = (mask, updated)
+                self._remark(layer, hessian, mask.numel() - int(mask.count_nonzero()))
+        whole = [layer for layer in layers if layer.name not in found]
+        found |= {layer.name: (torch.ones_like(layer.weight, dtype=torch.bool), layer.weight) for layer in whole}
         return [found[layer.name] for layer in layers]
 
-    def _remark(self, layer: Layer, hessian: Hessian, updated: Tensor) -> None:
+    def _remark(self, layer: Layer, hessian: Hessian, zeros: int) -> None:
         """What the record should say of a layer that was pruned."""
         if hessian.damping_used != self.percdamp:
             layer.warnings.append(
@@ -118,7 +121,7 @@ class SparseGPT(Pruner):
             )
         if bool(hessian.dead.any()):
             layer.warnings.append("inputs that were zero in all calibration data lost their weights")
-        layer.surplus = max(0, int((updated == 0).sum()) - self.count(layer))
+        layer.surplus = max(0, zeros - self.count(layer))
 
     def count(self, layer: Layer) -> int:
         """The zeros that the rule asks for; ties, dead inputs and rounding to a grid may add to them."""

@@ -14,7 +14,6 @@ cache layer of a method's own that does not define it is run one context at a ti
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -65,8 +64,7 @@ class CachedLM(TemplateLM):  # type: ignore[misc]
         self._how = how
         self._add_bos = add_bos
         self._rows_selectable = False  # until a cache was seen
-        arguments = inspect.signature(loaded.model.forward).parameters
-        self._keep_one = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
+        self._keep_one = caching.last_only(loaded.model)
         self._done = self._total = 0
 
     # ------------------------------------------------------------------ tokens
