@@ -156,14 +156,13 @@ def outside(fit: Fit, x: Columns) -> list[bool]:
     middle = seen.mean(axis=0)
     equal = np.vstack([((seen - middle) / spread).T, np.ones(len(seen))])
     wanted = (np.stack([np.log(x[name]) for name in names]).T - middle) / spread
-    answers = []
-    for point in wanted:
-        beyond = (np.abs(point - point.clip(equal[:-1].min(axis=1), equal[:-1].max(axis=1))) > _NEAR).any()
-        if not beyond:  # most of what is asked lies beyond the range of a variable, which is quicker seen
-            programme = linprog(np.zeros(len(seen)), A_eq=equal, b_eq=[*point, 1.0], bounds=(0, None), method="highs")
-            beyond = programme.status != 0
-        answers.append(bool(beyond))
-    return answers
+    # most of what is asked lies beyond the range of a variable, which is quicker seen
+    answers = (np.abs(wanted - wanted.clip(equal[:-1].min(axis=1), equal[:-1].max(axis=1))) > _NEAR).any(axis=1)
+    for place in np.flatnonzero(~answers):
+        b_eq = [*wanted[place], 1.0]
+        programme = linprog(np.zeros(len(seen)), A_eq=equal, b_eq=b_eq, bounds=(0, None), method="highs")
+        answers[place] = programme.status != 0
+    return [bool(one) for one in answers]
 
 
 def _linked_residuals(fit: Fit) -> Array:
