@@ -56,8 +56,16 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, report: Path) -> Any:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def there(driver: Any) -> bool:
+        """The driver was seen to go on while the document was still the empty one before."""
+        found = driver.find_elements("css selector", "#table-curves")
+        return bool(found) and driver.execute_script("return document.readyState") == "complete"
+
     browser.set_window_size(1400, 900)
     browser.get((report / "index.html").as_uri())
+    WebDriverWait(browser, 20).until(there)
     return browser
 
 
