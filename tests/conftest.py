@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
+import sys
+from operator import attrgetter
 from pathlib import Path
 from shutil import copytree
 
@@ -17,6 +20,16 @@ from sparsebench.results.store import Store
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 TOKENIZER = Path(sparsebench.__file__).parent / "models" / "weights" / "tokenizer"
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers, whatever ran before it. Another seed finds the tests that need theirs."""
+    seed = int(os.environ.get("SPARSEBENCH_TEST_SEED", "0"))
+    random.seed(seed)
+    for library, draw in (("numpy", "random.seed"), ("torch", "manual_seed")):
+        if library in sys.modules:  # one that is not loaded yet starts from here
+            attrgetter(draw)(sys.modules[library])(seed)
 
 
 @pytest.fixture

@@ -75,12 +75,14 @@ def test_values_lie_on_the_grid_of_the_prompt():
 
 def test_the_method_stores_eight_bits():
     how, layer = Alisa(sparsity=0.5), Layer()
-    for count in (30, 2):
-        layer.feed(how, *(torch.randn(1, n, count, 8) for n in (4, 2, 2)))
-    levels = layer.cache.layers[0].keys[0, 0, :, 0].unique()
-    steps = (levels[1:] - levels[:-1]) / (levels[1:] - levels[:-1]).min()
+    given = [torch.randn(1, n, 30, 8) for n in (4, 2, 2)]
+    layer.feed(how, *given)
+    layer.feed(how, *(torch.randn(1, n, 2, 8) for n in (4, 2, 2)))
+    low, high = given[1][0].amin(1, keepdim=True), given[1][0].amax(1, keepdim=True)  # the prompt's range, per channel
+    steps = layer.cache.layers[0].keys[0] / (high - low) * 255  # zero is a level
     assert how.share_read(entries(torch.zeros(1, 2, 4, 8), torch.zeros(1, 1, 4, 8))) == 0.25
-    assert bool(((steps - steps.round()).abs() < 0.05).all())
+    torch.testing.assert_close(steps, steps.round(), atol=0.01, rtol=0)
+    assert not torch.allclose(layer.cache.layers[0].keys[0, :, :30], given[1][0], atol=1e-5, rtol=0)
 
 
 OPT = Workload(layers=32, hidden=4096, kv_width=4096, layer_weights=12 * 4096**2, batch=4)
