@@ -22,7 +22,7 @@ from sparsebench.bench.base import Report, Say, judged, spread, threads
 from sparsebench.costs.paired import NOTE, Call, Measured, columns
 from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
-from sparsebench.kernels import build, ops
+from sparsebench.kernels import build, lists, ops
 from sparsebench.kernels.formats import NM, Bitmap, ColumnBitmap, ColumnMajor, Columns, GroupQuantised
 from sparsebench.kernels.gpu.layout import SemiStructured, uploaded
 from sparsebench.kernels.gpu.timing import Place
@@ -37,9 +37,10 @@ class Options(Declared):
     shapes: tuple[str, ...] = option(("4096x4096", "11008x4096", "4096x11008"), "weights, outputs x inputs")
     sparsity: tuple[float, ...] = option((0.5, 0.6, 0.7, 0.8, 0.9), "zeros / all", low=0.0, high=0.99)
     formats: tuple[str, ...] = option(
-        ("bitmap", "2:4", "columns", "csr"),
-        "kernels; columns: sparse inputs; both: bitmap and sparse inputs, each; w4: 4-bit groups; csr: torch's",
-        choices=("bitmap", "2:4", "columns", "both", "w4", "csr"),
+        ("bitmap", "lists", "2:4", "columns", "csr"),
+        "kernels; lists: places and values; columns: sparse inputs; both: bitmap and sparse inputs, each; "
+        "w4: 4-bit groups; csr: torch's",
+        choices=("bitmap", "lists", "2:4", "columns", "both", "w4", "csr"),
     )
     dtype: str = option("bfloat16", "number format", choices=("bfloat16", "float32"))
     batch: int = option(1, "rows of input", low=1, high=64)
@@ -160,6 +161,8 @@ def _prepacked(weight: Tensor, x: Tensor, size: int, place: Place) -> Call | Non
 def _cases(format: str, weight: Tensor, x: Tensor, options: Options, place: Place) -> list[_Case]:
     if format == "2:4":
         return [_sparse(format, 0.5, weight, x, place)]
+    if format == "lists" and (weight.dtype != lists.DTYPE or place.device.type != "cpu"):
+        return []  # as a columns kernel for several rows of input: there is none
     if format not in ("columns", "both"):
         return [_sparse(format, level, weight, x, place) for level in options.sparsity]
     return [_columns(format, level, weight, x, place) for level in options.sparsity if len(x) == 1]
@@ -199,7 +202,8 @@ def _packed(format: str, sparsity: float, weight: Tensor) -> tuple[Any, Tensor]:
         kept = (order < 2).view(weight.shape)
         return NM.from_dense(weight, 2, 4, kept), weight * kept
     kept = torch.rand(weight.shape) >= sparsity
-    return Bitmap.from_dense(weight, kept), weight * kept
+    made: Any = lists.Lists if format == "lists" else Bitmap
+    return made.from_dense(weight, kept), weight * kept
 
 
 def _columns(format: str, sparsity: float, weight: Tensor, x: Tensor, place: Place) -> _Case:

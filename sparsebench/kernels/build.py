@@ -218,6 +218,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "sb_columns_gemv": (_P, _I, _L, _L, _P, _F, _P, _P, _P, _I),
     "sb_strips_gemv": (_P, _P, _P, _P, _I, _L, _L, _L, _P, _F, _P, _P, _I),
     "sb_strips_unpack": (_P, _P, _P, _P, _I, _L, _L, _L, _P, _I),
+    "sb_lists_gemm": (_P, _P, _P, _P, _P, _L, _L, _P, _L, _P, _P, _I),
+    "sb_lists_unpack": (_P, _P, _P, _P, _P, _L, _L, _P, _I),
     "sb_groups_gemm": (_P, _P, _I, _P, _P, _P, _L, _L, _L, _I, _P, _L, _P, _P, _I),
     "sb_blocks_attention": (_P, _P, _P, _I, *(_L,) * 5, _F, _L, _P, _P, _P, _P, _I),
     "sb_kv_attention": (_P, _I, _L, _L, _L, _F, _P, _P, _L, _L, _L, _L, _P, _P, _L, _P, _I),

@@ -2,10 +2,9 @@
 
 ``Bitmap`` holds any mask, ``NM`` n kept of every m columns, ``GroupQuantised`` whole groups of 4-bit values (GQSA,
 Zeng et al. 2024), ``ColumnMajor`` a dense matrix ordered for skipping inputs (TEAL, CATS, R-Sparse), ``ColumnBitmap``
-a sparse one. The bits say
-"kept", as a pruning mask does: an entry that was kept and happens to be zero stays. ``dense`` gives back exactly what
-was packed. Bits are held in int64 because torch's uint64 can do little; bit j of a word (bit 0 the lowest) is column
-64 * block + j.
+a sparse one; ``lists.Lists`` is for weights of which little is left. The bits say "kept", as a pruning mask does: an
+entry that was kept and happens to be zero stays. ``dense`` gives back exactly what was packed. Bits are held in int64
+because torch's uint64 can do little; bit j of a word (bit 0 the lowest) is column 64 * block + j.
 
 Rows of ``Bitmap`` and ``NM`` come in groups of four that share one stream of values, in the order (group, block of 64
 columns, row in the group, ascending column): the layout that the kernels stream. Files hold plain rows (``container``).
@@ -13,7 +12,7 @@ columns, row in the group, ascending column): the layout that the kernels stream
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,7 +45,8 @@ def padded(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values, (0, PADDING // values.element_size()))
 
 
-def _size(*tensors: Tensor) -> int:
+def size_of(*tensors: Tensor) -> int:
+    """Bytes of the tensors' entries."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -73,7 +73,13 @@ def _kept_of(ordered: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     """Mask words (..., n / 64) and values (kept,) of contiguous tensors (..., n), in their order."""
     words = torch.from_numpy(np.packbits(bits.numpy(), axis=-1, bitorder="little").view(np.int64))
     # numpy selects by a mask in a tenth of torch's time; the bits are moved as whole numbers
-    return words, torch.from_numpy(_whole_numbers(ordered)[bits.numpy()]).view(ordered.dtype)
+    return words, torch.from_numpy(whole_numbers(ordered)[bits.numpy()]).view(ordered.dtype)
+
+
+def kept_of(matrix: Any) -> Tensor:
+    """The mask (rows, columns) of a matrix whose ``values`` are what it ``stored``: bool."""
+    kept: Tensor = replace(matrix, values=padded(torch.ones_like(matrix.stored))).dense() != 0
+    return kept
 
 
 def _laid_out(mask: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -81,17 +87,17 @@ def _laid_out(mask: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
     octets = mask.contiguous().numpy().view(np.uint8).reshape(*shape[:-1], shape[-1] // 8)
     bits = np.unpackbits(octets, axis=-1, bitorder="little").view(bool)
     full = torch.zeros(shape, dtype=values.dtype)
-    _whole_numbers(full)[bits] = _whole_numbers(values)
+    whole_numbers(full)[bits] = whole_numbers(values)
     return full
 
 
-def _whole_numbers(tensor: Tensor) -> np.ndarray[Any, Any]:
+def whole_numbers(tensor: Tensor) -> np.ndarray[Any, Any]:
     """The bits of a contiguous tensor, sharing its memory: numpy has no bfloat16."""
     found: np.ndarray[Any, Any] = tensor.view(_BITS[tensor.element_size()]).numpy()
     return found
 
 
-def _checked(weight: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+def checked(weight: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
     """A matrix on the CPU and its mask."""
     if weight.ndim != 2:
         raise ValueError(f"a matrix (out, in) is needed, not {tuple(weight.shape)}")
@@ -116,7 +122,7 @@ class Bitmap:
     @classmethod
     def from_dense(cls, weight: Tensor, kept: Tensor | None = None) -> Bitmap:
         """Packs ``weight`` (out, in); ``kept``: (out, in) bool, what is nonzero if not given."""
-        weight, kept = _checked(weight, kept)
+        weight, kept = checked(weight, kept)
         mask, values, counts = _pack(weight, kept)
         offsets = torch.zeros(len(counts) + 1, dtype=torch.int64)
         offsets[1:] = counts.cumsum(0)
@@ -134,7 +140,7 @@ class Bitmap:
     @property
     def nbytes(self) -> int:
         """Bytes of mask, values and offsets, without the spare ones."""
-        return _size(self.mask, self.stored, self.offsets)
+        return size_of(self.mask, self.stored, self.offsets)
 
     @property
     def density(self) -> float:
@@ -161,7 +167,7 @@ class NM:
 
         ValueError where ``m`` does not divide 64 and the columns, or a group keeps more than ``n``.
         """
-        weight, kept = _checked(weight, kept)
+        weight, kept = checked(weight, kept)
         rows, columns = weight.shape
         if not 0 < n <= m or BLOCK % m or columns % m:
             raise ValueError(f"{n}:{m} of {columns} columns: m must divide {BLOCK} and the columns, n be 1 to m")
@@ -192,7 +198,7 @@ class NM:
     @property
     def nbytes(self) -> int:
         """Bytes of mask and values."""
-        return _size(self.mask, self.stored)
+        return size_of(self.mask, self.stored)
 
     @property
     def density(self) -> float:
@@ -228,7 +234,7 @@ class ColumnMajor:
     @property
     def nbytes(self) -> int:
         """Bytes of the weight."""
-        return _size(self.weight)
+        return size_of(self.weight)
 
 
 @dataclass(frozen=True)
@@ -252,7 +258,7 @@ class ColumnBitmap:
     @classmethod
     def from_dense(cls, weight: Tensor, kept: Tensor | None = None) -> ColumnBitmap:
         """Packs ``weight`` (out, in); ``kept``: (out, in) bool, what is nonzero if not given."""
-        weight, kept = _checked(weight, kept)
+        weight, kept = checked(weight, kept)
         rows, columns = weight.shape
         blocks = max(1, blocks_of(rows))
         strips = -(-blocks // STRIP)
@@ -280,7 +286,7 @@ class ColumnBitmap:
     @property
     def nbytes(self) -> int:
         """Bytes of mask, values and offsets, without the spare ones."""
-        return _size(self.mask, self.stored, self.starts, self.offsets)
+        return size_of(self.mask, self.stored, self.starts, self.offsets)
 
     @property
     def density(self) -> float:
@@ -353,7 +359,7 @@ class GroupQuantised:
     @property
     def nbytes(self) -> int:
         """Bytes of everything stored."""
-        return _size(self.row_ptr, self.column, self.codes, self.scale, self.zero)
+        return size_of(self.row_ptr, self.column, self.codes, self.scale, self.zero)
 
     @property
     def density(self) -> float:

@@ -7,9 +7,10 @@ unpacked into scratch and torch multiplies. Inputs must be contiguous: ValueErro
 hide the cost.
 
 Infinity and NaN: pruned entries are multiplied as zeros, so an infinite input gives NaN in every output, as the dense
-product of the masked weight does. ``skipping_linear`` never drops a NaN input. What it drops, and what a removed group
-of ``GroupQuantised`` would have been multiplied with, the C kernels do not touch: an infinity there stays silent, while
-the reference, which multiplies by zero, gives NaN. The GPU kernels do in all of this what the C kernels do.
+product of the masked weight does. ``skipping_linear`` never drops a NaN input. What it drops, what a removed group of
+``GroupQuantised`` and what a removed entry of ``Lists`` would have been multiplied with, the C kernels do not touch: an
+infinity there stays silent, while the reference, which multiplies by zero, gives NaN. The GPU kernels do in all of
+this what the C kernels do.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsebench.kernels import gpu, reference
+from sparsebench.kernels import gpu, lists, reference
 from sparsebench.kernels.build import Library, library
 from sparsebench.kernels.formats import NM, Bitmap, ColumnBitmap, ColumnMajor, Columns, GroupQuantised, Matrix
 from sparsebench.kernels.gpu.layout import Packed, SemiStructured, Tiles
+from sparsebench.kernels.lists import Lists
 
 MOST_ROWS = 16  # of input, for which a kernel multiplies without unpacking
 CODES = {torch.float32: 0, torch.bfloat16: 1}  # number formats, as the C side knows them
@@ -37,15 +39,17 @@ def dtypes_on(device: str) -> tuple[torch.dtype, ...]:
     return gpu.DTYPES if device == "cuda" and gpu.problem() is None else ()
 
 
-def linear(x: Tensor, weight: Matrix | Packed, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Matrix | Packed | Lists, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times weight (out, in), plus bias (out): (..., out) in the dtype of x."""
     _check("linear", x, weight.columns, bias, weight.rows)
     if isinstance(weight, Tiles | SemiStructured):
         return _on_gpu(x, weight, bias)
     kernels = _kernels(x, bias, None if isinstance(weight, GroupQuantised) else weight.values.dtype)
-    if kernels is None:
+    if kernels is None or (isinstance(weight, Lists) and weight.values.dtype != lists.DTYPE):
         return reference.linear(x, weight, bias)
     rows = x.numel() // max(1, weight.columns)
+    if isinstance(weight, Lists):
+        return _lists(kernels, x, weight, bias, rows)
     if isinstance(weight, GroupQuantised):
         return _groups(kernels, x, weight, bias, rows)
     if rows > MOST_ROWS:
@@ -86,11 +90,13 @@ def skipping_linear(x: Tensor, weight: Columns, threshold: float, bias: Tensor |
     return out
 
 
-def unpacked(weight: Bitmap | NM | ColumnBitmap) -> Tensor:
+def unpacked(weight: Bitmap | NM | Lists | ColumnBitmap) -> Tensor:
     """The dense matrix (out, in), by the kernels where there are any; of ``ColumnBitmap`` then a transposed view."""
     kernels = library() if weight.values.dtype in CODES else None
     if kernels is None:
         return weight.dense()
+    if isinstance(weight, Lists):
+        return _lists_unpacked(kernels, weight)
     return _strips_unpacked(kernels, weight) if isinstance(weight, ColumnBitmap) else _unpacked(kernels, weight)
 
 
@@ -186,6 +192,29 @@ def _columns(weight: ColumnBitmap) -> tuple[Any, ...]:
     parts = (weight.mask, weight.values, weight.starts, weight.offsets)
     code = CODES[weight.values.dtype]
     return *(part.data_ptr() for part in parts), code, weight.columns, weight.rows, weight.mask.shape[-1]
+
+
+def _lists(kernels: Library, x: Tensor, weight: Lists, bias: Tensor | None, rows: int) -> Tensor:
+    if rows > MOST_ROWS:
+        return functional.linear(x, _lists_unpacked(kernels, weight), bias)
+    out = x.new_empty(*x.shape[:-1], weight.rows)
+    _run(
+        kernels.calls.sb_lists_gemm,
+        *_entries(weight), x.data_ptr(), rows, _pointer(bias), out.data_ptr(), kernels.threads(),
+    )  # fmt: skip
+    return out
+
+
+def _lists_unpacked(kernels: Library, weight: Lists) -> Tensor:
+    out = torch.empty(weight.rows, weight.columns, dtype=weight.values.dtype)
+    _run(kernels.calls.sb_lists_unpack, *_entries(weight), out.data_ptr(), kernels.threads())
+    return out
+
+
+def _entries(weight: Lists) -> tuple[int, ...]:
+    """The leading arguments of the lists' kernels."""
+    parts = (weight.steps, weight.masks, weight.index, weight.values, weight.starts)
+    return *(part.data_ptr() for part in parts), weight.rows, weight.columns
 
 
 def _groups(kernels: Library, x: Tensor, weight: GroupQuantised, bias: Tensor | None, rows: int) -> Tensor:

@@ -13,12 +13,13 @@ from torch.nn import functional
 
 from sparsebench.kernels.formats import Columns, Matrix
 from sparsebench.kernels.gpu.layout import Packed
+from sparsebench.kernels.lists import Lists
 
 if TYPE_CHECKING:
     from sparsebench.kernels.attention import BlockIndex, Records
 
 
-def linear(x: Tensor, weight: Matrix | Packed, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Matrix | Packed | Lists, bias: Tensor | None = None) -> Tensor:
     """x (..., in) -> (..., out)."""
     return functional.linear(x, weight.dense().to(device=x.device, dtype=x.dtype), bias)
 

@@ -20,6 +20,7 @@ from sparsebench.errors import UserError
 from sparsebench.kernels import build, gpu, ops, reference
 from sparsebench.kernels.formats import NM, Bitmap, GroupQuantised, Matrix
 from sparsebench.kernels.gpu.layout import Packed, SemiStructured, resident, uploaded
+from sparsebench.kernels.lists import Lists, quickest
 from sparsebench.kernels.stored import stored_form
 
 KINDS = ("auto", "reference")
@@ -66,7 +67,7 @@ class SparseLinear(nn.Module):
 
     bias: Tensor | None
 
-    def __init__(self, matrix: Matrix | Packed, bias: Tensor | None, kernel: str = "auto") -> None:
+    def __init__(self, matrix: Matrix | Packed | Lists, bias: Tensor | None, kernel: str = "auto") -> None:
         super().__init__()
         self.in_features, self.out_features = matrix.columns, matrix.rows
         self._parts: list[str] = []
@@ -75,7 +76,7 @@ class SparseLinear(nn.Module):
         self._linear = reference.linear if kernel == "reference" else ops.linear
 
     @property
-    def matrix(self) -> Matrix | Packed:
+    def matrix(self) -> Matrix | Packed | Lists:
         """The weight in its format."""
         return self._matrix
 
@@ -97,7 +98,7 @@ class SparseLinear(nn.Module):
         self._hold(resident(replace(self._matrix, **{name: getattr(self, name) for name in self._parts})))
         return self
 
-    def _hold(self, matrix: Matrix | Packed) -> None:
+    def _hold(self, matrix: Matrix | Packed | Lists) -> None:
         """Makes the tensors of ``matrix`` the module's buffers."""
         for name in self._parts:
             delattr(self, name)
@@ -150,9 +151,10 @@ def packed(model: nn.Module, kind: str = "auto", leave: Collection[str] = ()) ->
             swap.skipped[name] = reason
             continue
         weight = module.weight.detach()
-        matrix: Matrix | Packed = compress(weight) if groups is None else groups
-        if weight.is_cuda and isinstance(matrix, Bitmap | NM):
-            matrix = uploaded(matrix, weight.device)
+        small = compress(weight) if groups is None else groups
+        matrix: Matrix | Packed | Lists = quickest(small) if kind == "auto" else small
+        if weight.is_cuda and isinstance(small, Bitmap | NM):
+            matrix = uploaded(small, weight.device)
         bias = None if module.bias is None else module.bias.detach()
         swap.modules[name] = SparseLinear(matrix, bias, kind)
         size = weight.numel() * weight.element_size()
@@ -216,8 +218,10 @@ def pays(weight: Tensor) -> bool:
     return 1 - float(torch.count_nonzero(weight)) / max(1, weight.numel()) >= PAYS_FROM
 
 
-def format_of(matrix: Matrix | Packed) -> str:
-    """``bitmap``, ``2:4`` and the like, or ``4-bit groups``."""
+def format_of(matrix: Matrix | Packed | Lists) -> str:
+    """``bitmap``, ``lists``, ``2:4`` and the like, or ``4-bit groups``."""
+    if isinstance(matrix, Lists):
+        return "lists"
     if isinstance(matrix, GroupQuantised):
         return "4-bit groups"
     if isinstance(matrix, SemiStructured):

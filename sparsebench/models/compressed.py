@@ -35,6 +35,7 @@ from sparsebench.errors import UserError
 from sparsebench.kernels import container
 from sparsebench.kernels.container import Entry
 from sparsebench.kernels.formats import GroupQuantised, Matrix
+from sparsebench.kernels.lists import quickest
 from sparsebench.kernels.swap import KINDS, SparseLinear, compress, format_of
 from sparsebench.models.content import COMPRESSED, is_compressed, one_line, read_json, weight_files
 from sparsebench.models.loading import pickled, quiet
@@ -226,7 +227,8 @@ def load_compressed(folder: Path, kernel: str = "auto") -> PreTrainedModel:
                 bias = entries.pop(f"{path}.bias", None)
                 matrix = cast(Matrix, entries.pop(name))
                 _fits(name, (matrix.rows, matrix.columns), module.weight, named)
-                model.set_submodule(path, SparseLinear(matrix, cast(Tensor | None, bias), kernel))
+                held = quickest(matrix) if kernel == "auto" else matrix
+                model.set_submodule(path, SparseLinear(held, cast(Tensor | None, bias), kernel))
         for name, entry in entries.items():
             _fill(model, name, dense_of(name, entry, dtypes), named)
     model.tie_weights()

@@ -13,7 +13,7 @@ typedef int (*Kernel)(Word, Word, Word, Word, Word, Word, Word, Word, Word, Word
                       Word, Word, Word, Word, float);
 
 extern int sb_bitmap_gemm(), sb_bitmap_unpack(), sb_columns_gemv(), sb_strips_gemv(), sb_strips_unpack(),
-    sb_groups_gemm(), sb_blocks_attention(), sb_kv_attention(), sb_rows_gemv();
+    sb_lists_gemm(), sb_lists_unpack(), sb_groups_gemm(), sb_blocks_attention(), sb_kv_attention(), sb_rows_gemv();
 
 #define KNOWN(name) {#name, (Kernel)name}
 static const struct {
@@ -21,6 +21,7 @@ static const struct {
     Kernel call;
 } known[] = {KNOWN(sb_bitmap_gemm),   KNOWN(sb_bitmap_unpack), KNOWN(sb_columns_gemv),
              KNOWN(sb_strips_gemv),   KNOWN(sb_strips_unpack), KNOWN(sb_groups_gemm),
+             KNOWN(sb_lists_gemm),    KNOWN(sb_lists_unpack),
              KNOWN(sb_blocks_attention), KNOWN(sb_kv_attention), KNOWN(sb_rows_gemv)};
 
 static void take(void *to, size_t size) {

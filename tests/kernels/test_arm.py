@@ -20,6 +20,7 @@ from torch.nn import functional
 from sparsebench.kernels import build, ops, reference
 from sparsebench.kernels.attention import BlockIndex, Records, largest
 from sparsebench.kernels.formats import NM, Bitmap, ColumnBitmap, GroupQuantised
+from sparsebench.kernels.lists import Lists
 
 COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
 AGREE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}  # of the largest output
@@ -105,6 +106,22 @@ def test_inputs_and_outputs_that_are_skipped(run: Run, dtype: torch.dtype) -> No
     needed = torch.rand(4203) < 0.5
     run("sb_rows_gemv", weight, code, 4203, 61, x, needed.to(torch.uint8), None, y, 2, out=7)
     agree(y, torch.where(needed, x.double() @ weight.double().t(), 0))
+
+
+@pytest.mark.parametrize("density", [0.1, 1.0])
+def test_lists(run: Run, density: float) -> None:
+    kept = torch.rand(37, 1093) < density
+    weight, x, bias = (
+        torch.randn(37, 1093).bfloat16() * kept,
+        torch.randn(6, 1093).bfloat16(),
+        torch.randn(37).bfloat16(),
+    )
+    packed, y, whole = Lists.from_dense(weight, kept), torch.empty(6, 37).bfloat16(), torch.empty(37, 1093).bfloat16()
+    head = (packed.steps, packed.masks, packed.index, packed.values, packed.starts, 37, 1093)
+    run("sb_lists_gemm", *head, x, 6, bias, y, 2, out=10)
+    agree(y, functional.linear(x.double(), weight.double(), bias.double()))
+    run("sb_lists_unpack", *head, whole, 2, out=7)
+    assert torch.equal(whole, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

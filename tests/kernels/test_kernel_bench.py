@@ -9,18 +9,21 @@ import pytest
 from sparsebench.bench import attention, decode, kernels
 from sparsebench.costs.paired import Measured, copies, measure
 from sparsebench.errors import UserError
-from sparsebench.kernels import build
+from sparsebench.kernels import build, lists
 
 
 def test_kernels_table() -> None:
     report = kernels.run(
         kernels.Options(
-            shapes=("48x80",), sparsity=(0.5,), formats=("bitmap", "2:4", "columns", "both", "w4", "csr"), repeats=3
+            shapes=("48x80",),
+            sparsity=(0.5,),
+            formats=("bitmap", "lists", "2:4", "columns", "both", "w4", "csr"),
+            repeats=3,
         ),
         lambda text: None,
     )
     names = [row["kernel"] for row in report.rows if row["kernel"] != "onednn"]
-    assert names == ["torch", "own", "read", "bitmap", "2:4", "columns", "both", "w4", "csr"]
+    assert names == ["torch", "own", "read", "bitmap", "lists", "2:4", "columns", "both", "w4", "csr"]
     assert len({tuple(row) for row in report.rows}) == 1 and report.facts["kernels"] == build.status()
     bound = {row["kernel"]: row["bound"] for row in report.rows}
     assert bound["torch"] == 1 and 1.5 < bound["bitmap"] < 1.9
@@ -28,13 +31,14 @@ def test_kernels_table() -> None:
 
 def test_decode_table() -> None:
     options = decode.Options(
-        layers=1, hidden=128, intermediate=64, vocabulary=32, context=4, sparsity=(0.5,), repeats=3
+        layers=1, hidden=128, intermediate=64, vocabulary=32, context=4, sparsity=(0.5, 0.9), repeats=3
     )
     report = decode.run(options, lambda text: None)
     assert [row["variant"] for row in report.rows] == [
         "torch",
         "own",
         "bitmap 0.5",
+        "lists 0.9" if lists.pays(0.9) else "bitmap 0.9",
         "2:4",
         "columns 0.5",
         "w+x 0.5+0.5",

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsebench.errors import UserError
 from sparsebench.kernels import ops
 from sparsebench.kernels.formats import BLOCK, NM, STRIP, Bitmap, ColumnBitmap, ColumnMajor, GroupQuantised, popcount
+from sparsebench.kernels.lists import Lists, bitmap_of, listed, pays, quickest
 
 AGREE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}  # of the largest output; bfloat16 outputs are rounded to 2^-9
 DTYPES = list(AGREE)
@@ -31,6 +32,10 @@ def agree(got: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     assert float(error) <= AGREE[x.dtype]
 
 
+def parts(packed: Bitmap) -> list[Tensor]:
+    return [one for one in vars(packed).values() if isinstance(one, Tensor)]
+
+
 def drawn(shape: tuple[int, int], density: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     weight, kept = torch.randn(shape).to(dtype), torch.rand(shape) < density
     return weight * kept, kept
@@ -48,6 +53,30 @@ def test_bitmap_times_x(isa, dtype, shape, density, batch, threads, seed) -> Non
     bias = torch.randn(shape[0]).to(dtype) if batch % 2 else None
     assert torch.equal(packed.dense(), weight) and torch.equal(ops.unpacked(packed), weight)
     agree(ops.linear(x, packed, bias), x, weight, bias)
+
+
+@CASES
+@given(SHAPES, st.one_of(DENSITIES, st.floats(0, 0.2)), st.integers(1, 20), st.integers(1, 3), st.integers(0, 2**31))
+def test_lists_times_x(isa, shape, density, batch, threads, seed) -> None:
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    weight, kept = drawn(shape, density, torch.bfloat16)
+    packed = Lists.from_dense(weight, kept)
+    x = torch.randn(batch, shape[1]).bfloat16()
+    bias = torch.randn(shape[0]).bfloat16() if batch % 2 else None
+    assert torch.equal(packed.dense(), weight) and torch.equal(ops.unpacked(packed), weight)
+    assert packed.stored.numel() == int(kept.sum())
+    agree(ops.linear(x, packed, bias), x, weight, bias)
+
+
+def test_lists_and_bitmaps_hold_the_same() -> None:
+    kept = torch.rand(45, 200) < 0.1
+    bitmap = Bitmap.from_dense(torch.randn(45, 200).bfloat16() * (torch.rand(45, 200) < 0.5), kept)
+    again = bitmap_of(listed(bitmap))  # zeros that were kept stay
+    assert all(torch.equal(a, b) for a, b in zip(parts(bitmap), parts(again), strict=True))
+    assert isinstance(quickest(bitmap), Lists) == pays(0.9)
+    assert quickest(Bitmap.from_dense(torch.randn(45, 200), kept)).values.dtype == torch.float32  # no lists of these
+    assert not isinstance(quickest(Bitmap.from_dense(torch.randn(45, 200).bfloat16())), Lists)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,11 +168,13 @@ def test_threads_change_no_bit(isa, dtype, batch) -> None:
     x = torch.randn(batch, 1030).to(dtype)
     results = []
     few = Bitmap.from_dense(weight, kept & (torch.rand(kept.shape) < 0.1))
+    listing = listed(few) if dtype == torch.bfloat16 else few
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         narrow = x[:, :256].contiguous()
         skipped = [ops.skipping_linear(x[:1], one, 0.5) for one in (dense, both)]
-        results.append((ops.linear(x, packed), ops.linear(x, few), *skipped, ops.linear(narrow, groups)))
+        products = [ops.linear(x, one) for one in (packed, few, listing)]
+        results.append((*products, *skipped, ops.linear(narrow, groups)))
     if isa != "reference":  # torch promises no such thing
         assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
@@ -173,6 +204,8 @@ def test_not_finite(isa) -> None:
     x[0, 3] = float("inf")
     assert ops.linear(x, Bitmap.from_dense(weight)).isnan().all()  # infinity times a pruned zero, as when masked
     assert ops.skipping_linear(x, ColumnBitmap.from_dense(weight), 1.0).isnan().all()
+    removed = ops.linear(x.bfloat16(), Lists.from_dense(weight.bfloat16()))
+    assert isa == "reference" or removed.isfinite().all()  # nothing that was removed is multiplied
     x[0, 3] = float("nan")
     assert ops.skipping_linear(x, ColumnMajor.from_dense(torch.randn(8, 128)), 1.0).isnan().all()  # never dropped
     assert ops.skipping_linear(x, ColumnBitmap.from_dense(weight), 1.0).isnan().all()
@@ -194,6 +227,8 @@ def test_sizes_are_exact() -> None:
     assert packed.nbytes == weight.numel() // 8 + 2 * packed.stored.numel() + 8 * 17
     both = ColumnBitmap.from_dense(weight, torch.rand(64, 256) < 0.5)
     assert both.nbytes == weight.numel() // 8 + 2 * both.stored.numel() + 4 * 256 + 8  # one strip, one mark per input
+    one = Lists.from_dense(weight, torch.arange(256).expand(64, 256) % 64 == 5)  # a step per slice and chunk
+    assert one.nbytes == 4 * 4 * (1 + 4) + 64 * 4 * (1 + 2) + 5 * 2 * 8
     groups = GroupQuantised.from_dense(weight, torch.ones(64, 16, dtype=torch.bool))
     assert groups.nbytes == 64 * 16 * (8 + 2 + 2 + 2) + 65 * 4
 
@@ -233,6 +268,8 @@ def test_refusals() -> None:
         ops.linear(torch.randn(2, 40), packed, torch.randn(9))
     with pytest.raises(ValueError, match="keeps more than 2"):
         NM.from_dense(torch.ones(4, 8), 2, 4)
+    with pytest.raises(ValueError, match="lists hold bfloat16, not float32"):
+        Lists.from_dense(torch.ones(4, 8))
     with pytest.raises(ValueError, match="must divide"):
         NM.from_dense(torch.ones(4, 6), 2, 4)
     with pytest.raises(UserError, match="group_size=16"):

@@ -8,8 +8,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsebench.errors import UserError
-from sparsebench.kernels import build
+from sparsebench.kernels import build, lists
 from sparsebench.kernels.formats import Bitmap
+from sparsebench.kernels.lists import Lists
 from sparsebench.kernels.swap import SparseLinear, swapped
 from sparsebench.methods.base import Surroundings
 from sparsebench.methods.weights.walk import apply
@@ -17,8 +18,8 @@ from sparsebench.methods.weights.wanda import Wanda
 from sparsebench.models.embedded import Ladder
 
 
-def wide(dtype: torch.dtype = torch.float32, bias: bool = False) -> LlamaForCausalLM:
-    """A random Llama, wider than the ladder's, half of its linear weights zero."""
+def wide(dtype: torch.dtype = torch.float32, bias: bool = False, zeros: float = 0.5) -> LlamaForCausalLM:
+    """A random Llama, wider than the ladder's, with a share of its linear weights zero."""
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=97, hidden_size=192, intermediate_size=333, num_hidden_layers=2, num_attention_heads=4,
@@ -27,7 +28,7 @@ def wide(dtype: torch.dtype = torch.float32, bias: bool = False) -> LlamaForCaus
     model = LlamaForCausalLM(shape).to(dtype).eval()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
-            module.weight.data *= torch.rand(module.weight.shape) < 0.5
+            module.weight.data *= torch.rand(module.weight.shape) >= zeros
     return model
 
 
@@ -109,3 +110,18 @@ def test_a_sparse_layer_moves_and_unpacks() -> None:
     again = layer.to(torch.bfloat16)
     assert torch.allclose(again(x.bfloat16()).float(), x @ weight.t() + 1, atol=0.2)
     assert again.matrix.values.dtype == torch.bfloat16 and again.matrix.mask.dtype == torch.int64
+
+
+def test_lists_are_chosen_and_move() -> None:
+    model = wide(torch.bfloat16, zeros=0.9)
+    ids = torch.randint(97, (2, 5))
+    right = logits(model, ids)
+    with swapped(model) as swap:
+        assert {layer.format for layer in swap.layers} == {"lists" if lists.pays(0.9) else "bitmap"}
+        assert float((logits(model, ids) - right).abs().max() / right.abs().max()) < 2e-2
+    weight = torch.randn(9, 70).bfloat16() * (torch.rand(9, 70) < 0.1)
+    layer = SparseLinear(Lists.from_dense(weight), None)
+    assert layer.to(torch.bfloat16).matrix.nbytes == Lists.from_dense(weight).nbytes
+    x = torch.randn(3, 70)
+    again = layer.to(torch.float32)  # there are no lists in float32
+    assert isinstance(again.matrix, Bitmap) and torch.allclose(again(x), x @ weight.float().t(), atol=1e-5)

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsebench.kernels import lists
 from sparsebench.kernels.bits import packed_bits, unpacked_bits
-from sparsebench.kernels.formats import BLOCK, NM, Bitmap, Matrix, padded
+from sparsebench.kernels.formats import BLOCK, NM, Bitmap, GroupQuantised, Matrix, kept_of, padded
+from sparsebench.kernels.lists import Lists
 
 TILE_ROWS = 16
 
@@ -137,17 +139,20 @@ def uploaded(matrix: Bitmap | NM, device: torch.device) -> Tiles | SemiStructure
     """A packed matrix in the GPU's format: torch's for 2:4 where it takes it, tiles for everything else."""
     if isinstance(matrix, NM) and refusal(matrix, device) is None:
         return SemiStructured.from_nm(matrix, device)
-    ones = padded(torch.ones_like(matrix.stored))
-    kept = replace(matrix, values=ones).dense() != 0
-    return Tiles.from_dense(matrix.dense().to(device), kept.to(device))
+    return Tiles.from_dense(matrix.dense().to(device), kept_of(matrix).to(device))
 
 
-def resident(matrix: Matrix | Packed) -> Matrix | Packed:
-    """A matrix in the format of the device that its tensors were moved to."""
-    if not isinstance(matrix, Bitmap | NM) or matrix.values.device.type != "cuda":
+def resident(matrix: Matrix | Packed | Lists) -> Matrix | Packed | Lists:
+    """A matrix in the format of the device and dtype that its tensors were moved to."""
+    if isinstance(matrix, Tiles | SemiStructured | GroupQuantised):
+        return matrix
+    device, dtype = matrix.values.device, matrix.values.dtype
+    if device.type != "cuda" and not (isinstance(matrix, Lists) and device.type == "cpu" and dtype != lists.DTYPE):
         return matrix
     tensors: dict[str, Any] = {name: one.cpu() for name, one in vars(matrix).items() if isinstance(one, Tensor)}
-    return uploaded(replace(matrix, **tensors), matrix.values.device)
+    moved: Bitmap | NM | Lists = replace(matrix, **tensors)
+    packed = lists.bitmap_of(moved) if isinstance(moved, Lists) else moved
+    return uploaded(packed, device) if device.type == "cuda" else packed
 
 
 def _cut(matrix: Tensor) -> Tensor:
