@@ -233,6 +233,20 @@ def test_a_hessian_that_is_not_positive_definite_is_damped_more_and_the_record_s
     assert other.warnings == []
 
 
+@pytest.mark.parametrize("features", [1, 5, 64, 65, 300, 700])
+def test_the_factor_is_the_cholesky_factor_of_the_inverse(features):
+    inputs = torch.randn(2 * features, features, dtype=torch.float64) * (1 + torch.arange(features) % 7)
+    hessian = gathered(inputs.float())
+    value = 2 * inputs.t() @ inputs
+    torch.testing.assert_close(hessian.value.double(), value, rtol=1e-4, atol=1e-4 * float(value.max()))
+    assert torch.equal(hessian.value, hessian.value.t())
+    value.diagonal().add_(0.01 * value.diag().mean())
+    right = torch.linalg.cholesky(value.inverse(), upper=True)
+    factor = hessian.factor(0.01)
+    assert torch.equal(factor, factor.triu()) and bool((factor.diag() > 0).all())
+    torch.testing.assert_close(factor.double(), right, rtol=1e-3, atol=1e-4 * float(right.max()))
+
+
 def test_hopeless_hessians_are_refused():
     hopeless = indefinite(Hessian())
     hopeless.value = -torch.eye(8) * 1.0 + 2 * torch.diag(torch.tensor([1.0] * 7 + [0.0]))
@@ -398,8 +412,8 @@ def test_the_walk_is_a_plain_loop_over_whole_forward_passes(make, true_sequentia
 
 def test_layers_with_one_input_share_one_factor(make, monkeypatch):
     made = []
-    cholesky = torch.cholesky_inverse
-    monkeypatch.setattr(torch, "cholesky_inverse", lambda lower: made.append(lower) or cholesky(lower))
+    cholesky = torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: made.append(matrix) or cholesky(matrix))
     prune(make(), SparseGPT(sparsity=0.5))
     assert len(made) == 3 * 4  # q, k and v share one; gate and up share one
 

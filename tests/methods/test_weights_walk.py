@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -78,6 +79,16 @@ def test_wanda_equals_a_plain_implementation(make, monkeypatch, family, setting,
     assert_same_masks(masks_of(model), naive_wanda(reference, WINDOWS, setting, sequential))
     for name, layer in linears(model).items():
         assert torch.equal(layer.weight, linears(reference)[name].weight)
+
+
+def test_nothing_behind_the_last_input_is_computed_twice(make):
+    model, ended = make(), Counter()
+    for index, block in enumerate(decoder_blocks(model)[1]):
+        block.mlp.register_forward_hook(lambda *_, index=index: ended.update([index]))
+    prune(model, Wanda(sparsity=0.5))
+    # each but the last passes on its outputs, dense (for the others' arguments) and pruned; only the first is measured
+    # as a whole, to see that it calls every layer once
+    assert ended == {0: 3, 1: 2}
 
 
 def test_the_orders_of_measuring_differ(make):

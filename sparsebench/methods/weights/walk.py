@@ -9,7 +9,7 @@ pruned block's outputs feed the next one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -19,7 +19,7 @@ from sparsebench.errors import UserError
 from sparsebench.methods.base import Applied, LayerReport, Surroundings
 from sparsebench.methods.weights.base import BlockRun, Layer, WeightMethod
 from sparsebench.methods.weights.sharing import Shared
-from sparsebench.methods.weights.statistics import Several, Statistic, gathering
+from sparsebench.methods.weights.statistics import Kind, Several, Statistic, gathering
 from sparsebench.models.blocks import BlockInputs, Blocks, decoder_blocks
 
 Named = tuple[str, WeightMethod]
@@ -91,6 +91,7 @@ class _Data:
     around: Surroundings
     shared: Shared
     inputs: BlockInputs | None = None
+    once: set[Kind] = field(default_factory=set)  # kinds of block that call every layer once
     known: bool = False  # order none: the statistics of all layers are known, nothing has to run
 
     def start(self) -> None:
@@ -132,7 +133,7 @@ class _Data:
         if self.inputs is not None and (found is None or advance):
             make = lambda: Several({name: one() for name, one in wanted.items()})  # noqa: E731
             modules = {layer.name: layer.module for layer in layers} if wanted and found is None else {}
-            with gathering(block, modules, make, outputs=advance) as fresh:
+            with gathering(block, modules, make, outputs=advance, once=self.once) as fresh:
                 if advance:
                     self.inputs.advance(index, block)
                 elif modules:
