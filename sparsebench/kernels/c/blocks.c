@@ -182,6 +182,10 @@ static void mask_scores(const Head *h, int64_t block, int64_t query, float *scor
 }
 
 INLINE float maximum(const float *score) {
+#if defined(SB_AVX512)
+    __m512 two = _mm512_max_ps(_mm512_load_ps(score), _mm512_load_ps(score + 16));
+    return _mm512_reduce_max_ps(_mm512_max_ps(two, _mm512_max_ps(_mm512_load_ps(score + 32), _mm512_load_ps(score + 48))));
+#else
     float top[LANES];
     for (int i = 0; i < LANES; i++) top[i] = score[i];
     for (int j = LANES; j < BLOCK; j += LANES)
@@ -189,11 +193,34 @@ INLINE float maximum(const float *score) {
     float most = top[0];
     for (int i = 1; i < LANES; i++) most = top[i] > most ? top[i] : most;
     return most;
+#endif
+}
+
+/* Scores become exp(score - top); returns their sum. */
+INLINE float exponentials(float *score, float top) {
+    float total = 0, sums[16] = {0};
+#if defined(SB_AVX512)
+    __m512 sum = _mm512_setzero_ps();
+    for (int j = 0; j < BLOCK; j += 16) {
+        __m512 weight = exp_negative_16(_mm512_sub_ps(_mm512_load_ps(score + j), _mm512_set1_ps(top)));
+        _mm512_store_ps(score + j, weight);
+        sum = _mm512_add_ps(sum, weight);
+    }
+    _mm512_storeu_ps(sums, sum);
+#else
+    for (int j = 0; j < BLOCK; j += 16)
+        for (int i = 0; i < 16; i++) {
+            score[j + i] = exp_negative(score[j + i] - top);
+            sums[i] += score[j + i];
+        }
+#endif
+    for (int i = 0; i < 16; i++) total += sums[i];
+    return total;
 }
 
 /* Turns a row of scores into weights relative to the running maximum, which moves if it must. */
 INLINE void soften(Work *w, int64_t row, int64_t padded, int paired) {
-    float *score = w->score + row * BLOCK, most = maximum(score), total = 0;
+    float *score = w->score + row * BLOCK, most = maximum(score);
     if (most > w->top[row]) {
         float shrink = w->top[row] == -INFINITY ? 0.0f : exp_negative(w->top[row] - most);
         float *out = w->out + row * padded;
@@ -202,14 +229,7 @@ INLINE void soften(Work *w, int64_t row, int64_t padded, int paired) {
         w->top[row] = most;
     }
     float top = w->top[row] == -INFINITY ? 0.0f : w->top[row]; /* nothing visible yet: exp(-inf - 0) = 0 */
-    float sums[16] = {0};
-    for (int j = 0; j < BLOCK; j += 16)
-        for (int i = 0; i < 16; i++) {
-            score[j + i] = exp_negative(score[j + i] - top);
-            sums[i] += score[j + i];
-        }
-    for (int i = 0; i < 16; i++) total += sums[i];
-    w->sum[row] += total;
+    w->sum[row] += exponentials(score, top);
 #if defined(__AVX512BF16__)
     if (paired)
         for (int j = 0; j < BLOCK; j += 32) {
@@ -237,14 +257,13 @@ static void query_block(const Head *h, const void *q, int64_t start, const int32
     for (int64_t i = 0; i < count; i++) {
         int64_t block = list[i], at = block * BLOCK * h->padded * (int64_t)unit;
         int whole = h->latest[block] <= h->first + start;
-        for (int64_t row = 0; row < tiles; row += ROWS) {
-            block_scores(h, h->k + at, w, row);
-            for (int64_t r = row; r < row + ROWS; r++) {
-                if (!whole) mask_scores(h, block, start + r, w->score + r * BLOCK);
-                soften(w, r, h->padded, h->paired);
-            }
-            block_values(h, h->v + at, w, row);
+        /* all rows in each step: keys and values of float32 do not fit the first cache together */
+        for (int64_t row = 0; row < tiles; row += ROWS) block_scores(h, h->k + at, w, row);
+        for (int64_t r = 0; r < tiles; r++) {
+            if (!whole) mask_scores(h, block, start + r, w->score + r * BLOCK);
+            soften(w, r, h->padded, h->paired);
         }
+        for (int64_t row = 0; row < tiles; row += ROWS) block_values(h, h->v + at, w, row);
     }
     for (int64_t r = 0; r < rows; r++)
         for (int64_t d = 0; d < h->dim; d++) {

@@ -178,6 +178,17 @@ INLINE __m512 dot_bf16(__m512 sum, __m512i a, __m512i b) {
 #endif
 }
 
+/* exp_negative of 16 numbers, the power of two set by an instruction. */
+INLINE __m512 exp_negative_16(__m512 x) {
+    const __m512 least = _mm512_set1_ps(-87.0f);
+    __mmask16 counts = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ); /* NaN too */
+    __m512 clipped = _mm512_max_ps(least, x);                     /* the second where one is NaN */
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(clipped, _mm512_set1_ps(1.44269504f)), 8);
+    vf r = (vf)clipped - (vf)n * 0.693359375f + (vf)n * 2.12194440e-4f;
+    vf p = 1.0f + r * (1.0f + r * (0.5f + r * (0.16666667f + r * (0.041666667f + r * 0.0083333333f))));
+    return _mm512_maskz_scalef_ps(counts, (__m512)p, n);
+}
+
 /* 16 bf16 as float32. */
 INLINE __m512i widened(__m256i packed) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(packed), 16); }
 
