@@ -29,9 +29,10 @@ def test_kernels_table() -> None:
     assert bound["torch"] == 1 and 1.5 < bound["bitmap"] < 1.9
 
 
-def test_decode_table() -> None:
+@pytest.mark.parametrize("head", ["own", "torch"])
+def test_decode_table(head: str) -> None:
     options = decode.Options(
-        layers=1, hidden=128, intermediate=64, vocabulary=32, context=4, sparsity=(0.5, 0.9), repeats=3
+        layers=1, hidden=128, intermediate=64, vocabulary=32, context=4, sparsity=(0.5, 0.9), repeats=3, head=head
     )
     report = decode.run(options, lambda text: None)
     assert [row["variant"] for row in report.rows] == [
