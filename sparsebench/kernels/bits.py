@@ -1,9 +1,16 @@
-"""Masks as bits, on any device: eight to a byte, the first of them the lowest bit."""
+"""Bits, on any device: masks with eight to a byte, the first of them the lowest bit, and the bits of numbers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as whole numbers of the same size and shape, sharing its memory."""
+    return tensor.view(_OF_SIZE[tensor.element_size()])
 
 
 def packed_bits(kept: Tensor) -> Tensor:

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from sparsebench.errors import UserError
+from sparsebench.kernels.bits import bits_of
 
 ROWS = 4  # rows that share a stream of values
 BLOCK = 64  # columns to a mask word
 MARK = 16  # mask words to an offset of ``ColumnBitmap``
 STRIP = 64  # most mask words of one input that lie together: the sums of so many outputs stay in a core's own cache
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MOST = 2**31 - 1  # what an offset can say
 PADDING = 64  # bytes behind the last value, for kernels that read whole vectors
 
@@ -93,7 +93,7 @@ def _laid_out(mask: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def whole_numbers(tensor: Tensor) -> np.ndarray[Any, Any]:
     """The bits of a contiguous tensor, sharing its memory: numpy has no bfloat16."""
-    found: np.ndarray[Any, Any] = tensor.view(_BITS[tensor.element_size()]).numpy()
+    found: np.ndarray[Any, Any] = bits_of(tensor).numpy()
     return found
 
 

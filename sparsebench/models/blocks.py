@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -65,14 +66,28 @@ class Blocks:
         return list(hidden)
 
 
+Kind = tuple[type[nn.Module], int]
+
+
+def kind_of(block: nn.Module) -> Kind:
+    """What blocks that do the same have in common: their class, and how many linear layers there are."""
+    return type(block), len(_linears(block))
+
+
+def _linears(block: nn.Module) -> list[nn.Linear]:
+    return [module for module in block.modules() if isinstance(module, nn.Linear)]
+
+
 @dataclass
 class BlockCalls:
     """How each block was called for one shape of input: positional and keyword arguments behind the
     hidden states (attention mask, position embeddings ...; they may differ from block to block). ``tuples``: whether
-    the block that was called last put out a tuple."""
+    the block that was called last put out a tuple; ``once``: the kinds of blocks that were seen to call each of their
+    linear layers once."""
 
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
     tuples: bool = False
+    once: set[Kind] = field(default_factory=set)
 
     def __call__(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """hidden: (rows, tokens, hidden size) -> the block's output of the same shape."""
@@ -91,6 +106,11 @@ class BlockInputs:
     hidden: Groups
     calls: list[BlockCalls]
     fitting: Callable[[int], BlockCalls]
+
+    @property
+    def once(self) -> set[Kind]:
+        """The kinds of blocks that call each of their linear layers once, as far as is known."""
+        return set[Kind]().union(*(call.once for call in self.calls))
 
     def run(self, index: int, block: nn.Module) -> list[Tensor]:
         """The block's outputs for every group of rows."""
@@ -163,10 +183,18 @@ def _arguments(blocks: Blocks, ids: Tensor) -> BlockCalls:
 
         return hook
 
+    called: Counter[nn.Module] = Counter()
     blocks.bring_front()
     handles = [b.register_forward_pre_hook(record(i), with_kwargs=True) for i, b in enumerate(blocks.modules)]
+    handles += [
+        layer.register_forward_pre_hook(lambda module, args: called.update([module]))
+        for block in blocks.modules
+        for layer in _linears(block)
+    ]
     _forward(blocks, ids, handles)
-    return BlockCalls([seen[index] for index in range(len(blocks))])
+    whole = list(blocks.modules)[:-1]  # nothing ran behind the last one's arguments
+    once = {kind_of(block) for block in whole if all(called[layer] == 1 for layer in _linears(block))}
+    return BlockCalls([seen[index] for index in range(len(blocks))], once=once)
 
 
 def _first_input(blocks: Blocks, ids: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from sparsebench.errors import UserError
 from sparsebench.kernels import container
+from sparsebench.kernels.bits import bits_of
 from sparsebench.kernels.container import Entry
 from sparsebench.kernels.formats import GroupQuantised, Matrix
 from sparsebench.kernels.lists import quickest
@@ -44,7 +45,6 @@ from sparsebench.models.loading import pickled, quiet
 _BESIDE = "*.json *.txt *.model *.jinja *.tiktoken *.py *.md LICENSE* sparsebench-*.safetensors".split()
 _INDICES = (COMPRESSED, "model.safetensors.index.json", "pytorch_model.bin.index.json")
 _BLOCK = re.compile(r"(.*?)\.(\d+)\.")  # the first number in a tensor's name is its block
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass
@@ -291,7 +291,7 @@ def _packed(name: str, weight: Tensor, ready: Matrix | None, drop_negative_zeros
         return weight
     if ready is not None and _same_bits(ready.dense().to(weight.dtype), weight):
         return ready
-    kept = weight != 0 if drop_negative_zeros else weight.view(_BITS[weight.element_size()]) != 0
+    kept = weight != 0 if drop_negative_zeros else bits_of(weight) != 0
     bits = 8 * weight.element_size()
     if int(torch.count_nonzero(kept)) >= weight.numel() * (1 - 1 / bits):  # a bit per entry takes what is gained
         return weight
@@ -300,8 +300,7 @@ def _packed(name: str, weight: Tensor, ready: Matrix | None, drop_negative_zeros
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    bits = _BITS[other.element_size()]
-    return one.shape == other.shape and torch.equal(one.contiguous().view(bits), other.contiguous().view(bits))
+    return one.shape == other.shape and torch.equal(bits_of(one.contiguous()), bits_of(other.contiguous()))
 
 
 def _negative_zeros(entry: Entry) -> int:

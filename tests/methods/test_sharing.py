@@ -141,10 +141,10 @@ def test_layers_with_one_input_share_hessian_and_factor(make: Any, monkeypatch: 
     model, shared = make(), {}
     original = Original(model)
     pruned(model, (SparseGPT(sparsity=0.5, sequential="none"),), shared)
-    assert len(made) == 4 * 3 and factors["cholesky"] == 4 * 3  # qkv, o, gate and up, down; of three blocks
+    assert len(made) == 4 * 3 and factors["cholesky"] == 2 * 4 * 3  # qkv, o, gate and up, down; of three blocks
     original.restore(model)
     pruned(model, (SparseGPT(sparsity=0.75, sequential="none"),), shared)
-    assert len(made) == 4 * 3 and factors["cholesky"] == 4 * 3
+    assert len(made) == 4 * 3 and factors["cholesky"] == 2 * 4 * 3
     original.restore(model)
     pruned(model, (SparseGPT(sparsity=0.75),), shared)  # the first block is dense here too
     assert len(made) == 4 * 3 + 4 * 2

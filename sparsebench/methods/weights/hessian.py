@@ -7,8 +7,6 @@ from torch import Tensor
 
 from sparsebench.errors import UserError
 
-_PANEL = 256  # columns of a product at a time: of a symmetric matrix only what is on and below the diagonal is needed
-_BASE = 64  # size of a triangular matrix that is inverted at once
 _DAMPINGS = (1.0, 5.0, 10.0, 100.0)  # factors tried on percdamp when the matrix is not positive definite
 
 
@@ -27,11 +25,10 @@ class Hessian:
     def add(self, inputs: Tensor, sequences: int) -> None:
         features = inputs.shape[-1]
         x = inputs.reshape(-1, features).float()
-        if self.sequences == 0:
-            self.value = torch.zeros(features, features, device=x.device)
-        self.value = self.value * (self.sequences / (self.sequences + sequences))
-        self.sequences += sequences
-        self.value = self.value + _gram(x * (2 / self.sequences) ** 0.5)
+        before, self.sequences = self.sequences, self.sequences + sequences
+        x = x * (2 / self.sequences) ** 0.5
+        product = x.t() @ x
+        self.value = self.value.mul_(before / self.sequences).add_(product) if before else product
 
     @property
     def dead(self) -> Tensor:
@@ -46,7 +43,7 @@ class Hessian:
         """
         if self._factor is not None and self._factor[0] == percdamp:
             return self._factor[1]
-        if not _finite(self.value):
+        if not _finite(self.value.diag()):  # no other entry is larger than both of its diagonal ones
             raise UserError(f"method={method}: calibration gave a layer inputs that are not finite (try dtype=float32)")
         hessian = self.value.clone()
         dead = self.dead
@@ -55,11 +52,10 @@ class Hessian:
         for more in _DAMPINGS:
             damped = hessian.clone()
             damped.diagonal().add_(percdamp * more * mean)
-            # from the last feature to the first: H = V V^T with V upper, so U = V^-1, and H^-1 itself is never needed
-            lower, wrong = torch.linalg.cholesky_ex(damped.flip(0, 1))
-            if int(wrong) == 0 and _finite(lower):
-                upper = _inverse(lower.flip(0, 1))
-                if _finite(upper):
+            lower, wrong = torch.linalg.cholesky_ex(damped)
+            if int(wrong) == 0 and _finite(lower.diag()):
+                upper, wrong = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+                if int(wrong) == 0:
                     self.damping_used = percdamp * more
                     self._factor = (percdamp, upper)
                     return self._factor[1]
@@ -69,33 +65,5 @@ class Hessian:
         )
 
 
-def _gram(x: Tensor) -> Tensor:
-    """x (tokens, in) -> x^T x (in, in), each pair of features multiplied once."""
-    features = x.shape[1]
-    product = x.new_empty(features, features)
-    for start in range(0, features, _PANEL):
-        end = min(start + _PANEL, features)
-        torch.matmul(x[:, start:].t(), x[:, start:end], out=product[start:, start:end])
-        product[start:end, end:] = product[end:, start:end].t()
-    return product
-
-
-def _inverse(upper: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix (n, n), in halves: mostly products, which are several times faster
-    than a solver."""
-    n = len(upper)
-    if n <= _BASE:
-        solved: Tensor = torch.linalg.solve_triangular(upper, torch.eye(n, device=upper.device), upper=True)
-        return solved
-    half = n // 2
-    inverse = torch.zeros_like(upper)
-    inverse[:half, :half] = first = _inverse(upper[:half, :half])
-    inverse[half:, half:] = second = _inverse(upper[half:, half:])
-    inverse[:half, half:] = first @ upper[:half, half:] @ second
-    inverse[:half, half:].neg_()
-    return inverse
-
-
-def _finite(matrix: Tensor) -> bool:
-    """Whether all entries are; several times faster than looking at each."""
-    return all(bool(torch.isfinite(one)) for one in matrix.aminmax())
+def _finite(diagonal: Tensor) -> bool:
+    return bool(torch.isfinite(diagonal).all())

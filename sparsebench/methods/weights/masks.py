@@ -10,8 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsebench.kernels.bits import bits_of
+
 _PAIRS = 8  # groups of up to this many entries are ranked by comparing pairs,
 _MANY = 1024  # if there are at least so many of them: else calls cost more than sorts
+
+
+def clear(weight: Tensor, kept: Tensor) -> None:
+    """Sets what is not kept to zero, in place. On whole numbers: several times faster than a choice per entry."""
+    bits_of(weight).mul_(kept)
 
 
 def value_at(scores: Tensor, rank: int) -> Tensor:

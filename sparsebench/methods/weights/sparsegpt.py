@@ -26,7 +26,7 @@ from sparsebench.declare import Taxonomy, method, option
 from sparsebench.errors import UserError
 from sparsebench.methods.weights.base import Layer, Pruner
 from sparsebench.methods.weights.hessian import Hessian
-from sparsebench.methods.weights.masks import keep_largest, value_at
+from sparsebench.methods.weights.masks import clear, keep_largest, value_at
 from sparsebench.methods.weights.statistics import Statistic
 
 _STRIP = 32  # columns after which the rest of the block is brought up to date
@@ -200,7 +200,9 @@ def _sweep_block(
     width = len(block)
     diagonal, kept = upper.diag(), ~pruned
     squares = diagonal[:, None] ** 2
-    divisor = diagonal[:, None].where(pruned, torch.inf)  # what is kept has no error
+    divisor = diagonal[:, None] / pruned  # infinity where it is kept: no error
+    columns, its_errors, divisors = block.unbind(), errors.unbind(), divisor.unbind()  # an index costs as much as a sum
+    above = upper.t().unbind()
     size = _GROUP if n_of_m is None else n_of_m[1]
     strip = size * max(1, _STRIP // size)
     for first in range(0, width, strip):
@@ -212,15 +214,16 @@ def _sweep_block(
                 kept[group] = keep_largest(block[group] ** 2 / squares[group], n_of_m[0])
                 divisor[group] = diagonal[group, None].masked_fill(kept[group], torch.inf)
             for j in range(group.start, group.stop):
+                column = columns[j]
                 if j > start:
-                    block[j].addmv_(errors[start:j].t(), upper[start:j, j], alpha=-1)
+                    column.addmv_(errors[start:j].t(), above[j][start:j], alpha=-1)
                 if grid is None:
-                    torch.div(block[j], divisor[j], out=errors[j])
+                    torch.div(column, divisors[j], out=its_errors[j])
                 else:
-                    rounded = grid.round(block[j].masked_fill(~kept[j], 0.0)[:, None])[:, 0]
-                    torch.div(block[j] - rounded, diagonal[j], out=errors[j])
-                    block[j] = rounded
+                    rounded = grid.round(column.masked_fill(~kept[j], 0.0)[:, None])[:, 0]
+                    torch.div(column - rounded, diagonal[j], out=its_errors[j])
+                    column.copy_(rounded)
         block[last:].addmm_(upper[first:last, last:].t(), errors[first:last], alpha=-1)
     if grid is None:
-        block.masked_fill_(~kept, 0.0)
+        clear(block, kept)
     return errors

@@ -105,9 +105,6 @@ class Several:
             part.add(inputs, sequences)
 
 
-Kind = tuple[type[nn.Module], int]  # a block's class, and how many of its layers are looked at
-
-
 @contextmanager
 def gathering(
     block: nn.Module,
@@ -115,31 +112,25 @@ def gathering(
     make: Callable[[], Statistic],
     *,
     outputs: bool = True,
-    once: set[Kind] | None = None,
+    once: bool = False,
 ) -> Any:
     """Attaches a statistic to each of the block's layers, yields {name: statistic}; hooks are always removed.
 
     Layers that receive the same tensor object in a call (q, k and v; gate and up) share one
     statistic: the first of them adds, the others look at it. Results do not change.
     Without ``outputs`` a call of the block ends (``Enough``) once all layers were fed: what is behind the last
-    one's inputs is not computed. The first call is whole, to see that each layer is called once, unless ``once`` has
-    the block's kind from another block; it is put there.
+    one's inputs is not computed. The first call is whole, to see that each layer is called once, unless that is known
+    (``once``).
     """
     found: dict[str, Statistic] = {}
     leader: dict[str, str] = {}
     last: list[tuple[Tensor, str]] = []
     sequences, fed, short = 0, list[str](), False
-    kind, seen = (type(block), len(layers)), set[Kind]() if once is None else once
-
-    def learn() -> None:
-        if sorted(fed) == sorted(layers):
-            seen.add(kind)
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal sequences, short
         sequences = args[0].shape[0]
-        learn()
-        short = not outputs and kind in seen
+        short = not outputs and (once or sorted(fed) == sorted(layers))
         fed.clear()
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -163,5 +154,4 @@ def gathering(
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
         yield found
-        learn()
         last.clear()

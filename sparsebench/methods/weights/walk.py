@@ -9,7 +9,7 @@ pruned block's outputs feed the next one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from sparsebench.errors import UserError
 from sparsebench.methods.base import Applied, LayerReport, Surroundings
 from sparsebench.methods.weights.base import BlockRun, Layer, WeightMethod
+from sparsebench.methods.weights.masks import clear
 from sparsebench.methods.weights.sharing import Shared
-from sparsebench.methods.weights.statistics import Kind, Several, Statistic, gathering
-from sparsebench.models.blocks import BlockInputs, Blocks, decoder_blocks
+from sparsebench.methods.weights.statistics import Several, Statistic, gathering
+from sparsebench.models.blocks import BlockInputs, Blocks, decoder_blocks, kind_of
 
 Named = tuple[str, WeightMethod]
 
@@ -91,7 +92,6 @@ class _Data:
     around: Surroundings
     shared: Shared
     inputs: BlockInputs | None = None
-    once: set[Kind] = field(default_factory=set)  # kinds of block that call every layer once
     known: bool = False  # order none: the statistics of all layers are known, nothing has to run
 
     def start(self) -> None:
@@ -133,7 +133,8 @@ class _Data:
         if self.inputs is not None and (found is None or advance):
             make = lambda: Several({name: one() for name, one in wanted.items()})  # noqa: E731
             modules = {layer.name: layer.module for layer in layers} if wanted and found is None else {}
-            with gathering(block, modules, make, outputs=advance, once=self.once) as fresh:
+            once = kind_of(block) in self.inputs.once
+            with gathering(block, modules, make, outputs=advance, once=once) as fresh:
                 if advance:
                     self.inputs.advance(index, block)
                 elif modules:
@@ -250,7 +251,7 @@ def _set(stack: Stack, layer: Layer, mask: Tensor, weight: Tensor) -> LayerRepor
     if weight is not layer.weight:
         layer.weight.copy_(weight)
     # a -0.0 that is there already stays: no bit changes without need
-    layer.weight.masked_fill_(~mask & (layer.weight != 0), 0)
+    clear(layer.weight, mask | (layer.weight == 0))
     layer.mask = mask
     layer.statistic = layer.gathered = layer.dense = layer.score = None
     pattern = str(getattr(selector, "pattern", None) or "unstructured")
