@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsebench.bench.base import Report, Say, checked, threads
+from sparsebench.bench.base import Report, Say, checked, judged, spread, threads
 from sparsebench.costs.paired import NOTE, Call, columns
 from sparsebench.declare import Declared, option
 from sparsebench.errors import UserError
@@ -106,8 +106,9 @@ def run(options: Options, say: Say) -> Report:
         for length in options.lengths:
             say(f"{length} tokens")
             rows += _rows(options, length, place)
+        shared = spread(options.threads)
     facts = {
-        "kernels": build.status(options.device), "processor": place.name, "threads": options.threads,
+        "kernels": build.status(options.device), "processor": place.name, **shared,
         "dtype": "bfloat16", "heads": f"{options.heads}/{options.kv_heads}", "dim": options.dim,
         "torch": torch.__version__, "rounds": options.repeats,
     }  # fmt: skip
@@ -117,7 +118,7 @@ def run(options: Options, say: Say) -> Report:
         "vs_torch, vs_own: how much faster than torch's products and than our kernel on the whole cache.",
         NOTE,
     ]
-    return Report(rows, facts, notes)
+    return Report(judged(rows, facts), facts, notes)
 
 
 def _rows(options: Options, length: int, place: Place) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sparsebench.bench.base import Report, Say, threads
+from sparsebench.bench.base import Report, Say, judged, spread, threads
 from sparsebench.bench.decode import decoding
 from sparsebench.costs.paired import NOTE, columns, measure
 from sparsebench.declare import Declared, option
@@ -63,10 +63,10 @@ def _report(folder: Path, options: Options, say: Say) -> Report:
         row |= {"ms_per_token": 1e3 * result.time(name), "tokens_per_s": 1 / result.time(name)}
         rows.append(row | columns(result, name, ("dense",)) | {"verdict": result.verdict()})
     facts = {
-        "kernels": build.status(), "threads": options.threads, "context": options.context,
+        "kernels": build.status(), **spread(options.threads), "context": options.context,
         "logits_differ": f"{float((got - right).abs().max() / right.abs().max()):.2g} of the largest",
     }  # fmt: skip
-    return Report(rows, facts, ["memory_mb: parameters and buffers.", NOTE])
+    return Report(judged(rows, facts), facts, ["memory_mb: parameters and buffers.", NOTE])
 
 
 def _bytes(model: PreTrainedModel) -> int:
