@@ -127,7 +127,7 @@ class Fitting:
                 fresh = index == 0 and self.basis.original is not None
                 applied.add(family.apply(stack, replace(around, shared=self.basis.shared if fresh else None)))
         achieved = audits.count(model, applied, read)
-        unchanged = not achieved.asked and not any(map(applied.notes.get, ("recovery_steps", "groups_quantised")))
+        unchanged = not achieved.asked and not applied.rewritten
         checks = audits.audit(model, applied, achieved, before, unchanged, read)
         warnings = list(audits.findings(model, applied, achieved))
         return SparseModel(self.id, self.loaded, applied, achieved, checks, warnings, watch.seconds)

@@ -70,12 +70,13 @@ class Attachment(Protocol):
 class Applied:
     """The result of applying a stack: per-layer counts, the stated tolerance, warnings, extra columns.
 
-    ``acts_on``: names of the parameters that were allowed to change; ``attachments``: what acts while the
-    model runs."""
+    ``acts_on``: names of the parameters that were allowed to change; ``rewritten``: weights that stay may have changed
+    although nothing was removed; ``attachments``: what acts while the model runs."""
 
     attachments: list[Attachment] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
     acts_on: set[str] = field(default_factory=set)
+    rewritten: bool = False
     tolerance: float = 1e-9
     warnings: list[str] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
@@ -85,6 +86,7 @@ class Applied:
         self.attachments += other.attachments
         self.layers += other.layers
         self.acts_on |= other.acts_on
+        self.rewritten |= other.rewritten
         self.tolerance = max(self.tolerance, other.tolerance)
         self.warnings += other.warnings
         self.notes |= other.notes

@@ -166,6 +166,10 @@ class WeightMethod(Declared):
         """Stage recover: repairs the whole model after the walk; returns extra columns for the record."""
         return {}
 
+    def rewrote(self, notes: Mapping[str, Any]) -> bool:
+        """Whether weights that stay may have changed although nothing was removed, from what the methods noted."""
+        return False
+
     def remarks(self, model: nn.Module, layers: Sequence[Layer]) -> list[str]:
         """What the record should warn of once the stack has run, beside the layers' own warnings."""
         return []

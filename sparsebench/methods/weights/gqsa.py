@@ -254,6 +254,9 @@ class GQSA(Pruner):
             notes["seconds_recover"] = self.progress.seconds + time.perf_counter() - started
         return notes | self._storage(layers)
 
+    def rewrote(self, notes: Mapping[str, Any]) -> bool:
+        return bool(notes.get("recovery_steps") or notes["groups_quantised"])
+
     def _storage(self, layers: Sequence[Layer]) -> dict[str, Any]:
         """Columns: bits per weight of the scope, groups, imbalance; each module takes its stored form along."""
         bits, loads = 0, []

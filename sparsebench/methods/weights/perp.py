@@ -238,6 +238,9 @@ class Perp(WeightMethod):
             }
         return notes
 
+    def rewrote(self, notes: Mapping[str, Any]) -> bool:
+        return bool(notes.get("recovery_steps"))
+
     def _retrain(self, layers: Sequence[Layer], around: Surroundings) -> list[float]:
         """Trains the whole model's adapters on the calibration sequences; the loss of every step."""
         model, adapters = around.loaded.model, self.adapters(around.loaded.model, "", layers, around.seed)

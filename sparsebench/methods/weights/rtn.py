@@ -166,6 +166,9 @@ class RTN(WeightMethod):
             "groups_quantised": groups,
         }
 
+    def rewrote(self, notes: Mapping[str, Any]) -> bool:
+        return bool(notes["groups_quantised"])
+
     def remarks(self, model: nn.Module, layers: Sequence[Layer]) -> list[str]:
         cap = self.plan(model, layers).cap
         if cap is None:

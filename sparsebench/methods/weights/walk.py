@@ -197,6 +197,7 @@ def apply(methods: Sequence[Named], around: Surroundings) -> Applied:
         around.progress(index + 1, len(blocks))
     for _, method in recovering:
         applied.notes |= method.finish(everything, around)
+        applied.rewritten |= method.rewrote(applied.notes)
     if recovering:
         _recount(applied.layers, everything)
     applied.tolerance = selector.tolerance(everything)
