@@ -170,7 +170,8 @@ def _words(point: Iterable[Word]) -> Words:
                 raise UserError(f"{key}={value}: must be a name or a list of names")
             if len(names) > 1 and key not in ("method", "task"):
                 raise UserError(f"{key}={value}: one {key} at a time (a grid: -m {key}={','.join(names)})")
-            choices[key] = names
+            if choices.setdefault(key, names) != names:
+                raise UserError(f"{key} is given twice: {','.join(choices[key])} and {','.join(names)}")
         elif key in values and values[key] != value:
             raise UserError(f"{key} is given twice: {values[key]} and {value}")
         else:

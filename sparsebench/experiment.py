@@ -92,7 +92,10 @@ class Experiment:
 
                 fields |= latency.columns(sparse, run.options.kernel, int(fields.get("cost_length") or 512))
             problem = columns.problem(sparse, outcome, counted)
-            if run.options.save:
+            if problem and run.options.streamed:
+                self.kept = None
+                fitting.loaded.discard()
+            elif run.options.save and not problem:
                 fields |= columns.saved(self._save(run, sparse))
         except KeyboardInterrupt:
             fitting.loaded.discard()
@@ -176,7 +179,7 @@ class Experiment:
         from sparsebench.models.loading import stream_folder
 
         folder, how = loader.source()
-        return stream_folder(folder, how, Path(str(run.options.save)), run.options.activations == "disk")
+        return stream_folder(folder, how, Path(str(run.options.save)).expanduser(), run.options.activations == "disk")
 
     def _task(self, run: Run) -> Any:
         task = self.workspace.catalogue.load("task", run.task.name)(**run.task.options)
@@ -196,13 +199,13 @@ class Experiment:
 
     def _check_save(self, run: Run, model_id: str) -> None:
         if run.options.save and (run.options.save, model_id) not in self.saved:
-            check_folder(Path(run.options.save))
+            check_folder(Path(run.options.save).expanduser())
 
     def _save(self, run: Run, sparse: SparseModel) -> Sizes | None:
         """Writes the sparse model, once for all of its tasks; its sizes if it is compressed."""
         place = (str(run.options.save), sparse.id)
         if place not in self.saved:
-            folder = Path(place[0])
+            folder = Path(place[0]).expanduser()
             notes = {"sparse_model_id": sparse.id, "achieved": sparse.achieved.scope, "run": run.to_dict()}
             fitted = {one.method: one.fitted() for one in sparse.applied.attachments}
             if run.options.streamed:

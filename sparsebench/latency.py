@@ -6,6 +6,7 @@ in turn with the dense one, and the largest difference between the two models' l
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
@@ -96,10 +97,13 @@ def columns(sparse: SparseModel, kernel: str, length: int) -> dict[str, Any]:
     result: dict[str, Any] = {
         "kernel": kernels.label(sparse.loaded.device.type),
         "kernel_layers": kernels.layers,
+        "kernel_formats": _formats(kernels.replaced),
         "kernel_error": float((masked - swapped).abs().max()) / scale,
         "latency": f"measured, but {left} by the reference" if left else "measured",
         "bytes_resident": _resident(sparse, kernels.replaced),
     }
+    verdicts = {one.verdict() for one in found.values()} - {"ok"}
+    result["latency_verdict"] = verdicts.pop() if verdicts else "ok"
     for phase, measured in found.items():
         ratio = measured.ratio("dense", "sparse")
         result |= {f"ms_{phase}": 1000 * median_high(measured.seconds["sparse"])}
@@ -207,6 +211,12 @@ def _per_token(call: Call, number: int) -> float:
     given: list[Any] = []
     seconds = wall(lambda at: given.append(call(at)), number)
     return seconds / len(given[0])
+
+
+def _formats(replaced: list[Replaced]) -> str | None:
+    """``12 bitmap, 2 lists``; None where no linear layer was replaced."""
+    counts = Counter(one.format for one in replaced)
+    return ", ".join(f"{count} {format}" for format, count in sorted(counts.items())) or None
 
 
 def _resident(sparse: SparseModel, replaced: list[Replaced]) -> int:

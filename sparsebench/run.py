@@ -60,6 +60,8 @@ class RunOptions(Declared):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.save is not None and not self.save:
+            raise UserError("save=: needs the name of a folder")
         if self.save_as != "plain" and not self.save:
             raise UserError(f"save_as={self.save_as}: needs a folder: save=<folder>")
         if self.activations != "memory" and not self.streamed:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -187,6 +188,22 @@ def test_the_same_run_twice_gives_the_same_bits(method: str, command: Command, s
         ]
         assert rows[0] == rows[1], kind
         assert rows[0], kind
+
+
+@pytest.mark.parametrize("streamed", [[], ["streamed=true"]], ids=["whole", "streamed"])
+def test_a_run_that_fails_saves_no_model(
+    streamed: list[str], command: Command, small: list[str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = copytree(tiny_folder, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    words = [f"model.path={broken}" if word.startswith("model.path=") else word for word in small]
+    answer = command(*words, "method=magnitude", f"save={tmp_path / 'out'}", *streamed)
+    assert answer.code == 1 and not (tmp_path / "out").exists()
+    assert [record["status"] for record in answer.store.records()] == ["failed"]
 
 
 def test_another_seed_is_another_run_where_a_method_draws(command: Command, small: list[str]) -> None:

@@ -55,6 +55,8 @@ def _options(module: Any, name: str, given: dict[str, str]) -> Any:
         if len(values) != 1:
             raise UserError(f"{key}: takes one value; a list is written {key}=[1,2]")
         found[key] = valid[key].check(key, values[0])
+        if found[key] == () and valid[key].default:
+            raise UserError(f"{key}=[]: needs at least one value")
     return module.Options(**found)
 
 

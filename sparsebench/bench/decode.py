@@ -84,6 +84,8 @@ def run(options: Options, say: Say) -> Report:
     """One row per variant."""
     if options.hidden % HEAD_DIM:
         raise UserError(f"hidden={options.hidden}: must be a multiple of {HEAD_DIM}")
+    if options.intermediate % 4:
+        raise UserError(f"intermediate={options.intermediate}: must be a multiple of 4, for 2:4")
     with threads(options.threads), torch.inference_mode():
         return _report(options, say)
 

@@ -27,6 +27,7 @@ from sparsebench.kernels.formats import NM, Bitmap, ColumnBitmap, ColumnMajor, C
 from sparsebench.kernels.gpu.layout import SemiStructured, uploaded
 from sparsebench.kernels.gpu.timing import Place
 
+_MOST = 2**30  # weights of a matrix: several copies of it must fit the memory
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -73,6 +74,11 @@ def run(options: Options, say: Say) -> Report:
     for format, what in (("w4", "4-bit groups"), ("both", "bitmaps and sparse inputs at once")):
         if options.device == "cuda" and format in options.formats:
             raise UserError(f"formats={format}: there is no GPU kernel for {what}; with device=cuda leave it out")
+    odd = [text for text, (_, inputs) in zip(options.shapes, shapes, strict=True) if inputs % 4]
+    if odd and "2:4" in options.formats:
+        raise UserError(
+            f"shapes={odd[0]}: 2:4 needs a multiple of 4 inputs; give such shapes, or leave 2:4 out of formats"
+        )
     isa = build.best_isa() if options.isa == "auto" else options.isa
     with threads(options.threads), build.using(isa), torch.inference_mode():
         rows = [row for shape in shapes for row in _measured(options, shape, place, say)]
@@ -253,4 +259,6 @@ def _shape(text: str) -> tuple[int, int]:
     outputs, _, inputs = text.partition("x")
     if not (outputs.isdigit() and inputs.isdigit() and int(outputs) and int(inputs)):
         raise UserError(f"shapes={text}: must be outputs x inputs, such as 4096x4096")
+    if int(outputs) * int(inputs) > _MOST:
+        raise UserError(f"shapes={text}: more than {_MOST} weights")
     return int(outputs), int(inputs)

@@ -111,7 +111,7 @@ def using(isa: str) -> Iterator[None]:
     """
     valid = [*supported(), REFERENCE]
     if isa not in valid:
-        raise UserError(f"kernels={isa}: not on this machine; valid: {', '.join(valid)}")
+        raise UserError(f"isa={isa}: not on this machine; valid: {', '.join(valid)}")
     _forced.append(isa)
     try:
         yield

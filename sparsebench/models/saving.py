@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,12 +25,18 @@ NOTES = "sparsebench.json"
 
 
 def check_folder(folder: Path, option: str = "save") -> None:
-    """UserError naming ``option`` unless ``folder`` is new or an empty folder. Cheap: call it before a run."""
-    if folder.is_dir():
-        if any(folder.iterdir()):
-            raise UserError(f"{option}={folder}: the folder exists and is not empty; give a new one")
-    elif folder.exists() or folder.is_symlink():
-        raise UserError(f"{option}={folder}: exists and is not a folder; give a new one")
+    """UserError naming ``option`` unless ``folder`` is new or an empty folder, and can be made. Cheap: call it before a
+    run."""
+    try:
+        if folder.is_dir():
+            if any(folder.iterdir()):
+                raise UserError(f"{option}={folder}: the folder exists and is not empty; give a new one")
+        elif folder.exists() or folder.is_symlink():
+            raise UserError(f"{option}={folder}: exists and is not a folder; give a new one")
+        above = next(one for one in folder.absolute().parents if one.exists())
+        os.rmdir(tempfile.mkdtemp(prefix=".", dir=above))  # what a system allows, only trying tells
+    except OSError as error:
+        raise UserError(f"{option}={folder}: cannot be written: {error.strerror}") from None
 
 
 @contextmanager
@@ -42,6 +50,9 @@ def drafted(folder: Path, option: str = "save") -> Iterator[Path]:
     try:
         draft.mkdir(parents=True)
         yield draft
+        for file in draft.iterdir():  # safetensors makes files that only their owner can read
+            if file.is_file():
+                file.chmod(draft.stat().st_mode & 0o666)
         if folder.is_dir():
             folder.rmdir()  # empty, or this fails; not every system renames over an empty folder
         draft.rename(folder)

@@ -56,6 +56,8 @@ COLUMNS: dict[str, str] = {
     "latency": "measured, or 'simulated' when no sparse kernel was timed (kernel=none)",
     "kernel": "which kernels were timed",
     "kernel_layers": "how many linear layers ran on them",
+    "kernel_formats": "in which formats their weights lay, and how many in each",
+    "latency_verdict": "ok, or noisy: while it was measured the dense model differed from itself by over 10%",
     "kernel_error": "largest difference of a logit to the masked model's, over the largest logit",
     "ms_prefill": "milliseconds of a prefill of cost_length tokens on those kernels, median",
     "ms_prefill_dense": "the same for the dense model, measured in turn",

@@ -71,7 +71,7 @@ def test_processes_that_start_together(fresh) -> None:
 def test_only_what_the_processor_has(monkeypatch) -> None:
     monkeypatch.setattr(build, "_features", lambda: {"avx2", "fma", "f16c", "popcnt", "bmi1", "bmi2"})
     assert build.supported() == ["avx2", "portable"]
-    said = "kernels=avx512: not on this machine; valid: avx2, portable, reference"
+    said = "isa=avx512: not on this machine; valid: avx2, portable, reference"
     with pytest.raises(UserError, match=said), build.using("avx512"):
         pass
     without_bf16 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vbmi2"}

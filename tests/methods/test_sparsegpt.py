@@ -413,7 +413,9 @@ def test_the_walk_is_a_plain_loop_over_whole_forward_passes(make, true_sequentia
 def test_layers_with_one_input_share_one_factor(make, monkeypatch):
     made = []
     cholesky = torch.linalg.cholesky_ex
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix, **how: made.append(matrix) or cholesky(matrix, **how))
+    monkeypatch.setattr(
+        torch.linalg, "cholesky_ex", lambda matrix, **how: made.append(matrix) or cholesky(matrix, **how)
+    )
     prune(make(), SparseGPT(sparsity=0.5))
     assert len(made) == 2 * 3 * 4  # of H and of its inverse; q, k and v share one; gate and up share one
 

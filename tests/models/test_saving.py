@@ -57,6 +57,13 @@ def test_reload_is_equal_bit_for_bit(loaded: LoadedModel, tmp_path: Path) -> Non
     assert (tmp_path / "copy" / "model.safetensors").read_bytes() == (target / "model.safetensors").read_bytes()
 
 
+def test_others_may_read_what_the_user_lets_them(loaded: LoadedModel, tmp_path: Path) -> None:
+    save_model(loaded, tmp_path / "model", {})
+    (tmp_path / "plain").touch()
+    modes = {file.name: file.stat().st_mode for file in [*(tmp_path / "model").iterdir(), tmp_path / "plain"]}
+    assert set(modes.values()) == {modes["plain"]} and "model.safetensors" in modes
+
+
 def test_an_empty_folder_is_filled_and_a_full_one_refused(loaded: LoadedModel, tmp_path: Path) -> None:
     target = tmp_path / "saved"
     target.mkdir()

@@ -289,14 +289,14 @@ def finetune(
 
 @dataclass
 class Windows:
-    """Calibration sequences (sequences, tokens) as a source: rows of one step are all different where possible."""
+    """Calibration sequences (sequences, tokens) as a source: the rows of one step are all different, so that there are
+    no more of them than sequences."""
 
     windows: Tensor
 
     def batch(self, rng: Random, rows: int, length: int) -> Batch:
-        order = rng.sample(range(len(self.windows)), len(self.windows))
-        ids = self.windows[[order[row % len(order)] for row in range(rows)]]
-        return Batch(ids, torch.ones(rows, length))
+        ids = self.windows[rng.sample(range(len(self.windows)), len(self.windows))[:rows]]
+        return Batch(ids, torch.ones(len(ids), length))
 
 
 @dataclass
