@@ -4,7 +4,8 @@ A matrix ``name`` of R x C is stored as ``name.mask`` uint8 (R, 8 * ceil(C / 64)
 column 8 i + j; ``name.values``, the kept entries row by row; and ``name.row_ptr`` int32 (R + 1), where each row's
 values start. A matrix of 4-bit groups (``GroupQuantised``, K of them kept, g columns each) is ``name.row_ptr`` int32
 (R + 1), where each row's groups start; ``name.column`` int16 or int32 (K), ascending in a row; ``name.codes`` uint8
-(K, g / 2), the first of two values in the low half; ``name.scale`` and ``name.zero`` float16 (K).
+(K, g / 2), the first of two values in the low half; ``name.scale`` and ``name.zero`` float16 (K): a value is
+``scale * (code - zero)``.
 Whatever else is in the file is stored as it is, under its own name. The header's metadata hold ``format``
 (``sparsebench.bitmap64``), ``version``, ``matrices`` (JSON: name -> shape, with n:m as ``pattern`` where every group
 keeps n, with g as ``group`` where there are 4-bit groups) and ``checksums`` (JSON: tensor -> CRC-32 of its bytes).

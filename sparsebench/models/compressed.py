@@ -304,11 +304,11 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _negative_zeros(entry: Entry) -> int:
-    """Negative zeros among the values of a bitmap or n:m matrix."""
-    if isinstance(entry, (Tensor, GroupQuantised)):
+    """Negative zeros among the values of a matrix, which may be stored densely because of them."""
+    if isinstance(entry, GroupQuantised) or (isinstance(entry, Tensor) and entry.ndim != 2):
         return 0
-    zeros = entry.stored[entry.stored == 0]
-    return int(torch.signbit(zeros).sum())
+    values = entry if isinstance(entry, Tensor) else entry.stored
+    return int(torch.signbit(values[values == 0]).sum())
 
 
 def _module(model: nn.Module, path: str, named: str) -> nn.Module:
