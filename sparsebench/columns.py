@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     Uses = Sequence[tuple[Attachment, Counted]]
 
+_SAID = ("outliers", "outliers_sigma", "rung", "path")  # options that make another model under the same name
+
 
 def identity(run: Run, model_id: str) -> dict[str, Any]:
     """What is known before the run starts."""
@@ -32,7 +34,7 @@ def identity(run: Run, model_id: str) -> dict[str, Any]:
         "sparsity": run.sparsity,
         "pattern": run.pattern,
         "seed": run.seed,
-        **{f"model.{key}": value for key, value in run.model.changed.items() if key in ("outliers", "outliers_sigma")},
+        **{f"model.{key}": value for key, value in run.model.changed.items() if key in _SAID},
         **{f"task.{key}": value for key, value in run.task.changed.items() if isinstance(value, (str, int, float))},
         "platform": platform.platform(terse=True),
     }
