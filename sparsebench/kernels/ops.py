@@ -48,17 +48,13 @@ def linear(x: Tensor, weight: Matrix | Packed | Lists, bias: Tensor | None = Non
     if kernels is None or (isinstance(weight, Lists) and weight.values.dtype != lists.DTYPE):
         return reference.linear(x, weight, bias)
     rows = x.numel() // max(1, weight.columns)
-    if isinstance(weight, Lists):
-        return _lists(kernels, x, weight, bias, rows)
     if isinstance(weight, GroupQuantised):
         return _groups(kernels, x, weight, bias, rows)
     if rows > MOST_ROWS:
         return functional.linear(x, _unpacked(kernels, weight), bias)
     out = x.new_empty(*x.shape[:-1], weight.rows)
-    _run(
-        kernels.calls.sb_bitmap_gemm,
-        *_bitmap(weight), x.data_ptr(), rows, _pointer(bias), out.data_ptr(), kernels.threads(),
-    )  # fmt: skip
+    gemm = kernels.calls.sb_lists_gemm if isinstance(weight, Lists) else kernels.calls.sb_bitmap_gemm
+    _run(gemm, *_parts(weight), x.data_ptr(), rows, _pointer(bias), out.data_ptr(), kernels.threads())
     return out
 
 
@@ -95,8 +91,6 @@ def unpacked(weight: Bitmap | NM | Lists | ColumnBitmap) -> Tensor:
     kernels = library() if weight.values.dtype in CODES else None
     if kernels is None:
         return weight.dense()
-    if isinstance(weight, Lists):
-        return _lists_unpacked(kernels, weight)
     return _strips_unpacked(kernels, weight) if isinstance(weight, ColumnBitmap) else _unpacked(kernels, weight)
 
 
@@ -160,9 +154,10 @@ def _on_gpu(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         return weights.linear(x, weight, bias)
 
 
-def _unpacked(kernels: Library, weight: Bitmap | NM) -> Tensor:
+def _unpacked(kernels: Library, weight: Bitmap | NM | Lists) -> Tensor:
     out = torch.empty(weight.rows, weight.columns, dtype=weight.values.dtype)
-    _run(kernels.calls.sb_bitmap_unpack, *_bitmap(weight), out.data_ptr(), kernels.threads())
+    unpack = kernels.calls.sb_lists_unpack if isinstance(weight, Lists) else kernels.calls.sb_bitmap_unpack
+    _run(unpack, *_parts(weight), out.data_ptr(), kernels.threads())
     return out
 
 
@@ -194,29 +189,6 @@ def _columns(weight: ColumnBitmap) -> tuple[Any, ...]:
     return *(part.data_ptr() for part in parts), code, weight.columns, weight.rows, weight.mask.shape[-1]
 
 
-def _lists(kernels: Library, x: Tensor, weight: Lists, bias: Tensor | None, rows: int) -> Tensor:
-    if rows > MOST_ROWS:
-        return functional.linear(x, _lists_unpacked(kernels, weight), bias)
-    out = x.new_empty(*x.shape[:-1], weight.rows)
-    _run(
-        kernels.calls.sb_lists_gemm,
-        *_entries(weight), x.data_ptr(), rows, _pointer(bias), out.data_ptr(), kernels.threads(),
-    )  # fmt: skip
-    return out
-
-
-def _lists_unpacked(kernels: Library, weight: Lists) -> Tensor:
-    out = torch.empty(weight.rows, weight.columns, dtype=weight.values.dtype)
-    _run(kernels.calls.sb_lists_unpack, *_entries(weight), out.data_ptr(), kernels.threads())
-    return out
-
-
-def _entries(weight: Lists) -> tuple[int, ...]:
-    """The leading arguments of the lists' kernels."""
-    parts = (weight.steps, weight.masks, weight.index, weight.values, weight.starts)
-    return *(part.data_ptr() for part in parts), weight.rows, weight.columns
-
-
 def _groups(kernels: Library, x: Tensor, weight: GroupQuantised, bias: Tensor | None, rows: int) -> Tensor:
     if rows > MOST_ROWS:
         return reference.linear(x, weight, bias)
@@ -230,8 +202,11 @@ def _groups(kernels: Library, x: Tensor, weight: GroupQuantised, bias: Tensor | 
     return out
 
 
-def _bitmap(weight: Bitmap | NM) -> tuple[Any, ...]:
-    """The leading arguments of the bitmap kernels."""
+def _parts(weight: Bitmap | NM | Lists) -> tuple[Any, ...]:
+    """The leading arguments of the kernels of a bitmap, or of lists."""
+    if isinstance(weight, Lists):
+        parts = (weight.steps, weight.masks, weight.index, weight.values, weight.starts)
+        return *(part.data_ptr() for part in parts), weight.rows, weight.columns
     where = (weight.offsets.data_ptr(), 0) if isinstance(weight, Bitmap) else (None, weight.per_group)
     code = CODES[weight.values.dtype]
     return weight.mask.data_ptr(), weight.values.data_ptr(), *where, code, weight.rows, weight.columns
