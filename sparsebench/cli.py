@@ -87,17 +87,14 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("sparsebench: interrupted; what was finished is in the store, the same command goes on", file=sys.stderr)
         return INTERRUPTED
-    except PermissionError as error:  # of a folder that some option named
-        print(_line(f"sparsebench: {error.filename}: {error.strerror}"), file=sys.stderr)
-        return BAD_INPUT
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        print(_line(f"sparsebench: {error.filename}: {error.strerror}"), file=sys.stderr)
-        return BAD_INPUT
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):  # of a path that some option named
+            raise
+        print(_line(f"sparsebench: {error.filename}: {error.strerror}"), file=sys.stderr)
+        return BAD_INPUT
 
 
 def _line(text: str) -> str:

@@ -179,7 +179,7 @@ class Experiment:
         from sparsebench.models.loading import stream_folder
 
         folder, how = loader.source()
-        return stream_folder(folder, how, Path(str(run.options.save)).expanduser(), run.options.activations == "disk")
+        return stream_folder(folder, how, _target(run), run.options.activations == "disk")
 
     def _task(self, run: Run) -> Any:
         task = self.workspace.catalogue.load("task", run.task.name)(**run.task.options)
@@ -199,13 +199,13 @@ class Experiment:
 
     def _check_save(self, run: Run, model_id: str) -> None:
         if run.options.save and (run.options.save, model_id) not in self.saved:
-            check_folder(Path(run.options.save).expanduser())
+            check_folder(_target(run))
 
     def _save(self, run: Run, sparse: SparseModel) -> Sizes | None:
         """Writes the sparse model, once for all of its tasks; its sizes if it is compressed."""
         place = (str(run.options.save), sparse.id)
         if place not in self.saved:
-            folder = Path(place[0]).expanduser()
+            folder = _target(run)
             notes = {"sparse_model_id": sparse.id, "achieved": sparse.achieved.scope, "run": run.to_dict()}
             fitted = {one.method: one.fitted() for one in sparse.applied.attachments}
             if run.options.streamed:
@@ -217,6 +217,11 @@ class Experiment:
                 save_model(sparse.loaded, folder, notes, fitted)
                 self.saved[place] = None
         return self.saved[place]
+
+
+def _target(run: Run) -> Path:
+    """The folder of a run that saves its model."""
+    return Path(str(run.options.save)).expanduser()
 
 
 def _made_of(run: Run) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import sys
-from operator import attrgetter
 from pathlib import Path
 from shutil import copytree
 
@@ -27,9 +26,10 @@ def seeded() -> None:
     """Every test draws the same numbers, whatever ran before it. Another seed finds the tests that need theirs."""
     seed = int(os.environ.get("SPARSEBENCH_TEST_SEED", "0"))
     random.seed(seed)
-    for library, draw in (("numpy", "random.seed"), ("torch", "manual_seed")):
-        if library in sys.modules:  # one that is not loaded yet starts from here
-            attrgetter(draw)(sys.modules[library])(seed)
+    if "numpy" in sys.modules:  # no test needs to load what it does not use
+        sys.modules["numpy"].random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
 
 
 @pytest.fixture

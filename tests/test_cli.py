@@ -323,3 +323,13 @@ def test_no_verb_that_only_reads_imports_anything_heavy(command: Command, small:
     assert [code for code, _, _ in seen.values()] == [0, 0, 0, 0, 0, 0, 0, 2, 2, 0, 0]
     assert seen["method=magnitude format=json"][2] == made.out, "answered from the store, without torch"
     assert seen["method=dense model=tiny_100k"][2] == embedded.out
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "sparsebench", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as running:
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.close()  # before anything is written
+        said = running.stderr.read()
+    assert (running.returncode, said) == (0, b"")

@@ -170,9 +170,10 @@ def _variants(model: PreTrainedModel, options: Options, say: Say) -> dict[str, S
             swap.layers.append(Replaced(name, variant, taken / _bytes(weight), taken, _bytes(weight)))
         say(f"packed {name}")
     if options.head == "own":
-        head = next(name for name, one in model.named_modules() if one is model.get_output_embeddings())
+        head: Any = model.get_output_embeddings()
+        name, dense = next(name for name, one in model.named_modules() if one is head), _Dense(head.weight.detach())
         for swap in found.values():
-            swap.modules[head] = _Dense(model.get_submodule(head).weight.detach())  # type: ignore[operator]
+            swap.modules[name] = dense
     return found
 
 

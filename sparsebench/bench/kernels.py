@@ -168,7 +168,7 @@ def _cases(format: str, weight: Tensor, x: Tensor, options: Options, place: Plac
     if format == "2:4":
         return [_sparse(format, 0.5, weight, x, place)]
     if format == "lists" and (weight.dtype != lists.DTYPE or place.device.type != "cpu"):
-        return []  # as a columns kernel for several rows of input: there is none
+        return []  # there are none
     if format not in ("columns", "both"):
         return [_sparse(format, level, weight, x, place) for level in options.sparsity]
     return [_columns(format, level, weight, x, place) for level in options.sparsity if len(x) == 1]

@@ -52,21 +52,28 @@ def size_of(*tensors: Tensor) -> int:
 
 def _pack(weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mask words (groups, blocks, 4), values in stream order, kept entries per group."""
-    rows, columns = weight.shape
-    groups, blocks = -(-rows // ROWS), blocks_of(columns)
-    margins = (0, blocks * BLOCK - columns, 0, groups * ROWS - rows)
-    shape = (groups, ROWS, blocks, BLOCK)
-    bits = torch.nn.functional.pad(kept, margins).view(shape).transpose(1, 2).contiguous()
-    ordered = torch.nn.functional.pad(weight, margins).view(shape).transpose(1, 2).contiguous()
-    words, values = _kept_of(ordered, bits)
-    words = words.view(groups, blocks, ROWS)
+    words, values = _kept_of(tiled(weight, ROWS), tiled(kept, ROWS))
+    words = words.squeeze(-1)
     return words, values, popcount(words).sum((1, 2))
 
 
 def _unpack(mask: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
     groups, blocks, _ = mask.shape
-    full = _laid_out(mask, values, (groups, blocks, ROWS, BLOCK))
-    return full.transpose(1, 2).reshape(groups * ROWS, blocks * BLOCK)[:rows, :columns].contiguous()
+    return untiled(_laid_out(mask, values, (groups, blocks, ROWS, BLOCK)), rows, columns)
+
+
+def tiled(matrix: Tensor, height: int) -> Tensor:
+    """(rows, columns) -> (groups of ``height`` rows, blocks, height, 64), filled up with zeros."""
+    rows, columns = matrix.shape
+    groups, blocks = -(-rows // height), blocks_of(columns)
+    whole = torch.nn.functional.pad(matrix, (0, blocks * BLOCK - columns, 0, groups * height - rows))
+    return whole.view(groups, height, blocks, BLOCK).transpose(1, 2).contiguous()
+
+
+def untiled(tiles: Tensor, rows: int, columns: int) -> Tensor:
+    """Undoes ``tiled``."""
+    groups, blocks, height, _ = tiles.shape
+    return tiles.transpose(1, 2).reshape(groups * height, blocks * BLOCK)[:rows, :columns].contiguous()
 
 
 def _kept_of(ordered: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,12 +81,6 @@ def _kept_of(ordered: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     words = torch.from_numpy(np.packbits(bits.numpy(), axis=-1, bitorder="little").view(np.int64))
     # numpy selects by a mask in a tenth of torch's time; the bits are moved as whole numbers
     return words, torch.from_numpy(whole_numbers(ordered)[bits.numpy()]).view(ordered.dtype)
-
-
-def kept_of(matrix: Any) -> Tensor:
-    """The mask (rows, columns) of a matrix whose ``values`` are what it ``stored``: bool."""
-    kept: Tensor = replace(matrix, values=padded(torch.ones_like(matrix.stored))).dense() != 0
-    return kept
 
 
 def _laid_out(mask: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -106,6 +107,12 @@ def checked(weight: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
     if kept.shape != weight.shape:
         raise ValueError(f"the mask's shape {tuple(kept.shape)} is not the weight's {tuple(weight.shape)}")
     return weight, kept
+
+
+def mask_of(matrix: Any) -> Tensor:
+    """What a matrix whose ``values`` are what it ``stored`` keeps: (rows, columns) bool."""
+    kept: Tensor = replace(matrix, values=padded(torch.ones_like(matrix.stored))).dense() != 0
+    return kept
 
 
 @dataclass(frozen=True)

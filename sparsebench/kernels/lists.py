@@ -20,12 +20,12 @@ from sparsebench.kernels.formats import (
     NM,
     Bitmap,
     Matrix,
-    blocks_of,
     checked,
-    kept_of,
+    mask_of,
     padded,
-    popcount,
     size_of,
+    tiled,
+    untiled,
     whole_numbers,
 )
 
@@ -62,16 +62,15 @@ class Lists:
         weight, kept = checked(weight, kept)
         if weight.dtype != DTYPE:
             raise ValueError(f"lists hold bfloat16, not {str(weight.dtype).removeprefix('torch.')}")
-        rows, columns = weight.shape
-        slices, chunks = -(-rows // SLICE), blocks_of(columns)
-        bits = _in_slices(kept, slices, chunks).numpy()
+        bits = tiled(kept, SLICE).numpy()
+        slices, chunks = bits.shape[:2]
         where = np.flatnonzero(bits)
         rank = np.cumsum(bits, axis=-1, dtype=np.uint8).reshape(-1)[where] - 1  # of an entry in its row of the chunk
         row, column = where // BLOCK % SLICE, (where % BLOCK).astype(np.uint8)
         place = where // (SLICE * BLOCK) * _PLACES + (rank >> 1) * np.int64(LANES) + 2 * row + (rank & 1)
         taken = np.zeros(slices * chunks * _PLACES, dtype=bool)
         taken[place] = True
-        value = whole_numbers(_in_slices(weight, slices, chunks)).reshape(-1)[where]
+        value = whole_numbers(tiled(weight, SLICE)).reshape(-1)[where]
         masks = np.packbits(taken.reshape(slices, chunks, -1), axis=-1, bitorder="little").view(np.int32)
         used = masks != 0  # the steps of a chunk are its first ones
         starts = torch.zeros(slices + 1, 2, dtype=torch.int64)
@@ -80,18 +79,17 @@ class Lists:
         index, values = (torch.from_numpy(_ordered(one, place, taken)) for one in (column, value))
         steps = torch.from_numpy(used.sum(-1).astype(np.uint8))
         parts = steps, padded(torch.from_numpy(masks[used])), padded(index), padded(values.view(weight.dtype)), starts
-        return cls(rows, columns, *parts)
+        return cls(weight.shape[0], weight.shape[1], *parts)
 
     def dense(self) -> Tensor:
         """(rows, columns), zeros where nothing was kept."""
         slices, chunks = self.steps.shape
-        counts = popcount(self.masks[: int(self.starts[-1, 0])].long() & (2**LANES - 1))
-        chunk = torch.arange(slices * chunks).repeat_interleave(self.steps.flatten().long()).repeat_interleave(counts)
-        octets = self.masks[: len(counts)].numpy().view(np.uint8).reshape(-1, LANES // 8)
-        lane = torch.from_numpy(np.unpackbits(octets, axis=-1, bitorder="little").nonzero()[1])
+        octets = self.masks[: int(self.starts[-1, 0])].numpy().view(np.uint8).reshape(-1, LANES // 8)
+        step, lane = map(torch.from_numpy, np.unpackbits(octets, axis=-1, bitorder="little").nonzero())
+        chunk = torch.arange(slices * chunks).repeat_interleave(self.steps.flatten().long())[step]
         full = torch.zeros(slices, chunks, SLICE, BLOCK, dtype=self.values.dtype)
         full.view(slices * chunks, SLICE, BLOCK)[chunk, lane // 2, self.index[: len(lane)].long()] = self.stored
-        return full.transpose(1, 2).reshape(slices * SLICE, chunks * BLOCK)[: self.rows, : self.columns].contiguous()
+        return untiled(full, self.rows, self.columns)
 
     @property
     def stored(self) -> Tensor:
@@ -108,13 +106,6 @@ class Lists:
     def density(self) -> float:
         """Kept entries / all."""
         return len(self.stored) / max(1, self.rows * self.columns)
-
-
-def _in_slices(matrix: Tensor, slices: int, chunks: int) -> Tensor:
-    """(rows, columns) -> (slices, chunks, 16, 64), filled up with zeros."""
-    rows, columns = matrix.shape
-    whole = torch.nn.functional.pad(matrix, (0, chunks * BLOCK - columns, 0, slices * SLICE - rows))
-    return whole.view(slices, SLICE, chunks, BLOCK).transpose(1, 2).contiguous()
 
 
 def _ordered(entries: Array, place: Array, taken: Array) -> Array:
@@ -140,9 +131,9 @@ def pays(sparsity: float) -> bool:
 
 def listed(matrix: Bitmap | NM) -> Lists:
     """The same entries as lists, zeros that were kept included."""
-    return Lists.from_dense(matrix.dense(), kept_of(matrix))
+    return Lists.from_dense(matrix.dense(), mask_of(matrix))
 
 
 def bitmap_of(lists: Lists) -> Bitmap:
     """The same entries as a bitmap."""
-    return Bitmap.from_dense(lists.dense(), kept_of(lists))
+    return Bitmap.from_dense(lists.dense(), mask_of(lists))

@@ -184,15 +184,12 @@ def _arguments(blocks: Blocks, ids: Tensor) -> BlockCalls:
         return hook
 
     called: Counter[nn.Module] = Counter()
+    count = lambda module, args: called.update([module])  # noqa: E731
+    whole = list(blocks.modules)[:-1]  # nothing runs behind the last one's arguments
     blocks.bring_front()
     handles = [b.register_forward_pre_hook(record(i), with_kwargs=True) for i, b in enumerate(blocks.modules)]
-    handles += [
-        layer.register_forward_pre_hook(lambda module, args: called.update([module]))
-        for block in blocks.modules
-        for layer in _linears(block)
-    ]
+    handles += [layer.register_forward_pre_hook(count) for block in whole for layer in _linears(block)]
     _forward(blocks, ids, handles)
-    whole = list(blocks.modules)[:-1]  # nothing ran behind the last one's arguments
     once = {kind_of(block) for block in whole if all(called[layer] == 1 for layer in _linears(block))}
     return BlockCalls([seen[index] for index in range(len(blocks))], once=once)
 

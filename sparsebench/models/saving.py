@@ -28,15 +28,19 @@ def check_folder(folder: Path, option: str = "save") -> None:
     """UserError naming ``option`` unless ``folder`` is new or an empty folder, and can be made. Cheap: call it before a
     run."""
     try:
-        if folder.is_dir():
-            if any(folder.iterdir()):
-                raise UserError(f"{option}={folder}: the folder exists and is not empty; give a new one")
-        elif folder.exists() or folder.is_symlink():
-            raise UserError(f"{option}={folder}: exists and is not a folder; give a new one")
+        _check_new(folder, option)
         above = next(one for one in folder.absolute().parents if one.exists())
         os.rmdir(tempfile.mkdtemp(prefix=".", dir=above))  # what a system allows, only trying tells
     except OSError as error:
         raise UserError(f"{option}={folder}: cannot be written: {error.strerror}") from None
+
+
+def _check_new(folder: Path, option: str) -> None:
+    if folder.is_dir():
+        if any(folder.iterdir()):
+            raise UserError(f"{option}={folder}: the folder exists and is not empty; give a new one")
+    elif folder.exists() or folder.is_symlink():
+        raise UserError(f"{option}={folder}: exists and is not a folder; give a new one")
 
 
 @contextmanager
@@ -45,14 +49,15 @@ def drafted(folder: Path, option: str = "save") -> Iterator[Path]:
     or nothing does. UserError naming ``option`` when ``folder`` is not empty, or cannot be written."""
     from safetensors import SafetensorError
 
-    check_folder(folder, option)
     draft = folder.absolute().with_name(f".{folder.absolute().name}.{uuid4().hex[:12]}")
     try:
+        _check_new(folder, option)
         draft.mkdir(parents=True)
         yield draft
-        for file in draft.iterdir():  # safetensors makes files that only their owner can read
+        mode = draft.stat().st_mode & 0o666  # safetensors makes files that only their owner can read
+        for file in draft.iterdir():
             if file.is_file():
-                file.chmod(draft.stat().st_mode & 0o666)
+                file.chmod(mode)
         if folder.is_dir():
             folder.rmdir()  # empty, or this fails; not every system renames over an empty folder
         draft.rename(folder)

@@ -86,10 +86,8 @@ def test_nothing_behind_the_last_input_is_computed_twice(make):
     for index, block in enumerate(decoder_blocks(model)[1]):
         block.mlp.register_forward_hook(lambda *_, index=index: ended.update([index]))
     prune(model, Wanda(sparsity=0.5))
-    assert ended == {
-        0: 2,
-        1: 2,
-    }  # each but the last passes on its outputs, dense (for the others' arguments) and pruned
+    # each but the last passes on its outputs, dense (for the others' arguments) and pruned
+    assert ended == {0: 2, 1: 2}
 
 
 def test_the_orders_of_measuring_differ(make):

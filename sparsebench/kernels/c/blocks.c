@@ -183,8 +183,9 @@ static void mask_scores(const Head *h, int64_t block, int64_t query, float *scor
 
 INLINE float maximum(const float *score) {
 #if defined(SB_AVX512)
-    __m512 two = _mm512_max_ps(_mm512_load_ps(score), _mm512_load_ps(score + 16));
-    return _mm512_reduce_max_ps(_mm512_max_ps(two, _mm512_max_ps(_mm512_load_ps(score + 32), _mm512_load_ps(score + 48))));
+    __m512 first = _mm512_max_ps(_mm512_load_ps(score), _mm512_load_ps(score + 16));
+    __m512 second = _mm512_max_ps(_mm512_load_ps(score + 32), _mm512_load_ps(score + 48));
+    return _mm512_reduce_max_ps(_mm512_max_ps(first, second));
 #else
     float top[LANES];
     for (int i = 0; i < LANES; i++) top[i] = score[i];

@@ -134,7 +134,8 @@ API int sb_lists_unpack(const uint8_t *steps, const uint32_t *masks, const uint8
     for (int part = 0; part < threads; part++)
         for (int64_t slice = cut(l.slices, threads, part); slice < cut(l.slices, threads, part + 1); slice++) {
             const uint32_t *mask = masks + starts[2 * slice];
-            int64_t entry = starts[2 * slice + 1], first = ROWS * slice, many = rows - first < ROWS ? rows - first : ROWS;
+            int64_t entry = starts[2 * slice + 1], first = ROWS * slice;
+            int64_t many = rows - first < ROWS ? rows - first : ROWS;
             memset(out + first * cols, 0, (size_t)(many * cols) * sizeof *out);
             for (int64_t chunk = 0; chunk < l.chunks; chunk++)
                 for (int step = steps[slice * l.chunks + chunk]; step; step--)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsebench.kernels import lists
 from sparsebench.kernels.bits import packed_bits, unpacked_bits
-from sparsebench.kernels.formats import BLOCK, NM, Bitmap, GroupQuantised, Matrix, kept_of, padded
+from sparsebench.kernels.formats import NM, Bitmap, GroupQuantised, Matrix, mask_of, padded, tiled, untiled
 from sparsebench.kernels.lists import Lists
 
 TILE_ROWS = 16
@@ -46,7 +46,7 @@ class Tiles:
         if weight.ndim != 2 or kept.shape != weight.shape:
             raise ValueError(f"a matrix and its mask are needed, not {tuple(weight.shape)} and {tuple(kept.shape)}")
         rows, columns = weight.shape
-        bits = _cut(kept)
+        bits = tiled(kept, TILE_ROWS)
         counts = bits.sum(-1)
         totals = counts.sum(-1)
         return cls(
@@ -55,7 +55,7 @@ class Tiles:
             packed_bits(bits).view(torch.int64).squeeze(-1),
             (counts.cumsum(-1) - counts).to(torch.int16),
             (totals.flatten().cumsum(0).view(totals.shape) - totals),
-            padded(_cut(weight)[bits]),
+            padded(tiled(weight, TILE_ROWS)[bits]),
         )
 
     def dense(self) -> Tensor:
@@ -63,9 +63,7 @@ class Tiles:
         bits = unpacked_bits(self.mask[..., None].view(torch.uint8))
         full = torch.zeros(bits.shape, dtype=self.values.dtype, device=self.values.device)
         full[bits] = self.stored
-        tiles, blocks = self.starts.shape
-        whole = full.transpose(1, 2).reshape(tiles * TILE_ROWS, blocks * BLOCK)
-        return whole[: self.rows, : self.columns].contiguous()
+        return untiled(full, self.rows, self.columns)
 
     @property
     def stored(self) -> Tensor:
@@ -139,7 +137,7 @@ def uploaded(matrix: Bitmap | NM, device: torch.device) -> Tiles | SemiStructure
     """A packed matrix in the GPU's format: torch's for 2:4 where it takes it, tiles for everything else."""
     if isinstance(matrix, NM) and refusal(matrix, device) is None:
         return SemiStructured.from_nm(matrix, device)
-    return Tiles.from_dense(matrix.dense().to(device), kept_of(matrix).to(device))
+    return Tiles.from_dense(matrix.dense().to(device), mask_of(matrix).to(device))
 
 
 def resident(matrix: Matrix | Packed | Lists) -> Matrix | Packed | Lists:
@@ -153,11 +151,3 @@ def resident(matrix: Matrix | Packed | Lists) -> Matrix | Packed | Lists:
     moved: Bitmap | NM | Lists = replace(matrix, **tensors)
     packed = lists.bitmap_of(moved) if isinstance(moved, Lists) else moved
     return uploaded(packed, device) if device.type == "cuda" else packed
-
-
-def _cut(matrix: Tensor) -> Tensor:
-    """(rows, columns) -> (row tiles, blocks, 16, 64), filled up with zeros."""
-    rows, columns = matrix.shape
-    tiles, blocks = -(-rows // TILE_ROWS), -(-columns // BLOCK)
-    margins = (0, blocks * BLOCK - columns, 0, tiles * TILE_ROWS - rows)
-    return torch.nn.functional.pad(matrix, margins).view(tiles, TILE_ROWS, blocks, BLOCK).transpose(1, 2).contiguous()

@@ -212,7 +212,7 @@ def _sweep_block(
             block[group].addmm_(upper[first:start, group].t(), errors[first:start], alpha=-1)
             if n_of_m and start + size <= width:
                 kept[group] = keep_largest(block[group] ** 2 / squares[group], n_of_m[0])
-                divisor[group] = diagonal[group, None].masked_fill(kept[group], torch.inf)
+                divisor[group] = diagonal[group, None] / ~kept[group]
             for j in range(group.start, group.stop):
                 column = columns[j]
                 if j > start:
