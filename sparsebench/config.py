@@ -17,10 +17,10 @@ from typing import Any
 
 from sparsebench import catalogue
 from sparsebench.catalogue import Catalogue, Declaration
-from sparsebench.declare import INSTEAD, options_of
+from sparsebench.declare import INSTEAD, Option, options_of
 from sparsebench.errors import UserError, closest
 from sparsebench.paths import data_folder
-from sparsebench.rules import check_pattern, check_stack, check_task, file_content, holding, level_of
+from sparsebench.rules import check_pattern, check_stack, check_task, file_content, holding, level_of, unmet
 from sparsebench.run import Part, Run, RunOptions
 
 GROUPS = ("method", "model", "calibration", "task")
@@ -240,6 +240,7 @@ class _Resolver:
         self.workspace, self.values = workspace, values
         self.used: set[str] = set()
         self.unused: dict[str, UserError] = {}
+        self.instead: dict[str, str] = {}  # why a method does not take the run's level
         self.choices = {group: [name] for group, name in workspace.defaults.items()} | choices
         if "calibration" not in choices:
             name = self.choices["model"][0]
@@ -254,6 +255,7 @@ class _Resolver:
         task_declaration, task = self._part("task", self.choices["task"][0], "task")
         check_stack(declarations)
         check_task(declarations, task_declaration, task.options)
+        self._check_shared(methods, options)
         needs_data = any("calibration" in part.uses for part in methods)
         _, calibration = self._part("calibration", self.choices["calibration"][0], "calibration")
         _, model = self._part("model", self.choices["model"][0], "model")
@@ -271,8 +273,20 @@ class _Resolver:
 
     def _run_options(self) -> RunOptions:
         given = {key: value for key, value in self.values if key in RUN_OPTIONS}
-        self.used |= set(given)
+        self.used |= set(given) - {"sparsity", "pattern"}  # used where a method takes them
         return RunOptions(**given)
+
+    def _check_shared(self, methods: Sequence[Part], options: RunOptions) -> None:
+        """Notes a level or pattern of the run that no method of it takes. To say what holds anyway is no mistake, nor
+        is any level beside dense alone, which is the reference of all of them."""
+        names = "+".join(method.label for method in methods)
+        if [method.name for method in methods] == ["dense"]:
+            return
+        for key, idle in (("sparsity", 0.0), ("pattern", "unstructured")):
+            asked = getattr(options, key)
+            if asked not in (None, idle) and key not in self.used:
+                reason = self.instead.get(key, f"method={names} takes no {key}")
+                self.unused[key] = UserError(f"{key}={asked}: has no effect here: {reason}")
 
     def _method(self, name: str, run: RunOptions) -> Part:
         declaration, part = self._part("method", name, f"method.{name}")
@@ -280,6 +294,7 @@ class _Resolver:
         where = f"method.{name}"
         if "pattern" in options:
             inherited = options["pattern"] is None
+            self.used.add("pattern")
             pattern = run.pattern if inherited else options["pattern"]
             options["pattern"] = pattern = check_pattern("pattern" if inherited else f"{where}.pattern", pattern)
             changed.pop("pattern", None)
@@ -288,8 +303,11 @@ class _Resolver:
         native = [k for k, o in declaration.options.items() if o.unit == INSTEAD and options[k] is not None]
         if native and options["sparsity"] is not None:
             raise UserError(f"{where}.{native[0]}={options[native[0]]}: is given instead of sparsity; give one of them")
-        if "sparsity" in options and not native:
+        if native:
+            self.instead["sparsity"] = f"{where}.{native[0]}={options[native[0]]} is given instead"
+        elif "sparsity" in options:
             own = options["sparsity"] is not None
+            self.used.add("sparsity")
             asked = options["sparsity"] if own else run.sparsity
             key = f"{where}.sparsity" if own else "sparsity"
             options["sparsity"] = changed["sparsity"] = level_of(key, asked, options.get("pattern", "unstructured"))
@@ -301,17 +319,12 @@ class _Resolver:
         content = self.workspace.group(group, label)
         name = content.pop("kind", label)
         declaration = self.workspace.catalogue.get(_KIND_OF_GROUP[group], name)
-        given = {k.removeprefix(f"{prefix}."): v for k, v in self.values if k.startswith(f"{prefix}.")}
-        options = {key: spec.default for key, spec in declaration.options.items()}
-        for key, value in {**content, **given}.items():
-            if key not in declaration.options:
-                error = _unknown(f"{prefix}.{key}", declaration.options, prefix)
-                if key in content:
-                    raise error
-                self.unused[f"{prefix}.{key}"] = error
-                continue
-            options[key] = declaration.options[key].check(f"{prefix}.{key}", value)
-            self.used.add(f"{prefix}.{key}")
+        own = {key: spec.default for key, spec in declaration.options.items()}
+        for key, value in content.items():
+            if key not in own:
+                raise _unknown(f"{prefix}.{key}", own, prefix)
+            own[key] = declaration.options[key].check(f"{prefix}.{key}", value)
+        options = own | self._given(prefix, declaration.options, own)
         changed = {k: v for k, v in options.items() if v != declaration.options[k].default}
         files = {
             key: file_content(f"{prefix}.{key}", value)
@@ -320,6 +333,25 @@ class _Resolver:
         }
         kind = _KIND_OF_GROUP[group]
         return declaration, Part(kind, label, name, declaration.version, options, changed, files=files)
+
+    def _given(self, prefix: str, specs: Mapping[str, Option], own: dict[str, Any]) -> dict[str, Any]:
+        """The values given for one choice, checked. What has no effect beside ``own`` and them is noted instead."""
+        found: dict[str, Any] = {}
+        for key, value in ((k, v) for k, v in self.values if k.startswith(f"{prefix}.")):
+            name = key.removeprefix(f"{prefix}.")
+            if name in specs:
+                found[name] = specs[name].check(key, value)
+            else:
+                self.unused[key] = _unknown(key, specs, prefix)
+        for name in list(found):
+            missing = unmet(specs[name].only, own | found)
+            if missing and found[name] != own[name]:
+                self.unused[f"{prefix}.{name}"] = UserError(
+                    f"{prefix}.{name}={found.pop(name)}: has no effect here: goes with {prefix}.{missing}"
+                )
+            else:
+                self.used.add(f"{prefix}.{name}")
+        return found
 
     def _check_keys(self) -> None:
         """Every key is a run option, or an option under a chosen group. UserError otherwise."""

@@ -84,7 +84,10 @@ class Taxonomy:
 
 @dataclass(frozen=True)
 class Option:
-    """One option: its default, meaning and valid values. Bounds: low <= x <= high, above < x < below."""
+    """One option: its default, meaning and valid values. Bounds: low <= x <= high, above < x < below.
+
+    ``only``: values of other options without which it has no effect, as ``form=natural and name=vt|cwe``.
+    """
 
     default: Any
     help: str
@@ -95,6 +98,7 @@ class Option:
     below: float | None = None
     choices: tuple[Any, ...] | None = None
     unit: str = ""
+    only: str = ""
 
     @property
     def range(self) -> str:
@@ -107,6 +111,11 @@ class Option:
             if bound is not None
         ]
         return " and ".join(bounds) or {"bool": "true | false"}.get(self.type, "any")
+
+    @property
+    def meaning(self) -> str:
+        """What it is, and with which other options."""
+        return f"{self.help} (with {self.only})" if self.only else self.help
 
     def check(self, name: str, value: Any) -> Any:
         """``value`` in its declared type, or UserError naming the option, the value and the range."""
@@ -162,9 +171,10 @@ def option(
     below: float | None = None,
     choices: tuple[Any, ...] | None = None,
     unit: str = "",
+    only: str = "",
 ) -> Any:
     """A dataclass field that is an option. All arguments must be literals (they are read statically)."""
-    spec = Option(default, help, low=low, high=high, above=above, below=below, choices=choices, unit=unit)
+    spec = Option(default, help, low=low, high=high, above=above, below=below, choices=choices, unit=unit, only=only)
     return field(default=default, metadata={"option": spec})
 
 

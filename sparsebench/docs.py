@@ -72,7 +72,7 @@ def _options(options: dict[str, Option], prefix: str) -> Iterator[str]:
     yield "|---|---|---|---|"
     for name, spec in options.items():
         default = "" if spec.default is None else f"`{spec.default}`"
-        yield f"| `{prefix}{name}` | {_cell(default)} | {_cell(spec.range)} | {_cell(spec.help)} |"
+        yield f"| `{prefix}{name}` | {_cell(default)} | {_cell(spec.range)} | {_cell(spec.meaning)} |"
 
 
 def _cell(text: str) -> str:

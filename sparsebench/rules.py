@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,15 @@ def level_of(key: str, asked: float | None, pattern: str) -> float:
 
 
 def check_stack(declarations: Sequence[Declaration]) -> None:
-    """Refuses two methods that select on one target and phase, and a refiner with nothing before it."""
+    """Refuses two methods that select on one target and phase, a refiner with nothing before it, and a reference that
+    does not stand alone."""
+    names = [declaration.name for declaration in declarations]
+    for declaration in declarations if len(names) > 1 else ():
+        if declaration.taxonomy.label == "reference":
+            raise UserError(
+                f"method=[{','.join(names)}]: {declaration.name} is the model as it is, the reference of the others; "
+                "it stands alone"
+            )
     selecting: dict[tuple[str, str], str] = {}
     for declaration in declarations:
         place = (declaration.target, declaration.phase)
@@ -69,10 +77,24 @@ def holding(entries: Sequence[str], options: dict[str, Any]) -> list[str]:
     found = []
     for entry in entries:
         what, _, condition = entry.partition(" if ")
-        key, _, value = condition.partition("=")
-        if not condition or str(options.get(key)) == value:
+        if not unmet(condition, options):
             found.append(what)
     return found
+
+
+def unmet(condition: str, options: Mapping[str, Any]) -> str | None:
+    """The first part of a declaration's condition that does not hold with these options; None if all do.
+
+    ``form=natural and name=vt|cwe``: parts are joined by ``and``, options and values of one part by ``|``; a name
+    alone asks for any value but none, 0 and false; of an option that is a list, one value is enough.
+    """
+    for part in condition.split(" and ") if condition else ():
+        keys, _, values = part.partition("=")
+        given = [options.get(key) for key in keys.split("|")]
+        held = {str(one).lower() for value in given for one in (value if isinstance(value, tuple) else (value,))}
+        if not (held & set(values.split("|")) if values else any(given)):
+            return part
+    return None
 
 
 def check_task(declarations: Sequence[Declaration], task: Declaration, options: dict[str, Any]) -> None:

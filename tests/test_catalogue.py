@@ -170,3 +170,14 @@ def test_reading_imports_nothing(tmp_path: Path) -> None:
     (tmp_path / "loud.py").write_text("import no_such_module_anywhere\n" + SOURCE, encoding="utf-8")
     assert [one.name for one in catalogue.read(tmp_path / "loud.py")] == ["mine"]
     assert "sparsebench_plugin_loud" not in sys.modules
+
+
+@pytest.mark.parametrize(("kind", "name"), DECLARED)
+def test_conditions_name_options_and_their_values(kind: str, name: str, built_in: Catalogue) -> None:
+    options = built_in.get(kind, name).options
+    for option in options.values():
+        for part in option.only.split(" and ") if option.only else ():
+            keys, _, values = part.partition("=")
+            for key in keys.split("|"):
+                choices = {"bool": ("true", "false")}.get(options[key].type, options[key].choices)
+                assert not values or choices is None or set(values.split("|")) <= set(choices), (key, values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from sparsebench.config import RUN_OPTIONS, Workspace, runs
 from sparsebench.declare import Option
 from sparsebench.errors import UserError
-from sparsebench.rules import level_of
+from sparsebench.rules import level_of, unmet
 from sparsebench.run import Run
 
 CONTENT = "0" * 64
@@ -75,6 +76,34 @@ def test_tasks_make_one_run_each_on_one_sparse_model() -> None:
 def test_an_option_that_no_task_has_is_refused() -> None:
     with pytest.raises(UserError, match=r"task\.nonsense"):
         runs(WORKSPACE, ["task=[perplexity,tinyworld]", "task.nonsense=1"])
+
+
+@pytest.mark.parametrize(
+    ("words", "say"),
+    [
+        ("method=block_sparse pattern=2:4", "pattern=2:4: has no effect here: method=block_sparse takes no pattern"),
+        ("method=rtn sparsity=0.3", "sparsity=0.3: has no effect here: method=rtn takes no sparsity"),
+        (
+            "method=local_sink sparsity=0.3 method.local_sink.n_local=9",
+            "sparsity=0.3: has no effect here: method.local_sink.n_local=9 is given instead",
+        ),
+        ("method=dense task=sf_vt task.max_new=9", "task.max_new=9: has no effect here: goes with task.form=natural"),
+        ("method=dense task=sf_vt task.num_queries=9", "goes with task.name=niah|story_retrieval"),
+        ("method=dense task=tinyworld task.tasks=[copy] task.hops=3", "goes with task.tasks=variable_tracking"),
+    ],
+)
+def test_what_has_no_effect_is_refused(words: str, say: str) -> None:
+    with pytest.raises(UserError, match=re.escape(say)):
+        runs(WORKSPACE, words.split())
+
+
+def test_what_has_an_effect_on_a_part_of_a_grid_leaves_the_rest_as_it_was() -> None:
+    words = ["method=wanda,block_sparse", "pattern=2:4", "task=sf_niah,sf_vt", "task.num_queries=3"]
+    found = {(run.label, run.task.label): run for run in runs(WORKSPACE, words, sweep=True)}
+    assert [run.pattern for run in found.values()] == ["2:4", "2:4", "unstructured", "unstructured"]
+    assert found["wanda", "sf_niah"].task.options["num_queries"] == 3
+    assert found["wanda", "sf_vt"].task == one("method=wanda", "task=sf_vt").task
+    assert one("method=dense", "task=sf_vt", "task.protocol=windows").task.changed == {"name": "vt"}
 
 
 def test_a_grid_is_every_combination() -> None:
@@ -190,3 +219,20 @@ def test_valid_words_hash_stably_in_any_order(words: tuple[str, ...], shuffle: r
     assert first.sparse_model_id(CONTENT) == second.sparse_model_id(CONTENT)
     plain: dict[str, Any] = first.to_dict()
     assert plain["methods"][0]["label"] == "wanda"
+
+
+@pytest.mark.parametrize(
+    ("condition", "options", "missing"),
+    [
+        ("", {}, None),
+        ("a=x", {"a": "x"}, None),
+        ("a=x|y and b=true", {"a": "y", "b": False}, "b=true"),
+        ("a=x|y", {"a": ("z", "y")}, None),
+        ("a|b=x", {"a": "z", "b": "x"}, None),
+        ("a|b=x", {"a": "z", "b": "z"}, "a|b=x"),
+        ("a", {"a": 0}, "a"),
+        ("a", {"a": "v100_16"}, None),
+    ],
+)
+def test_what_a_condition_still_needs(condition: str, options: dict[str, object], missing: str | None) -> None:
+    assert unmet(condition, options) == missing

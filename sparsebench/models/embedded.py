@@ -24,7 +24,9 @@ class Ladder(Declared):
 
     rung: str = option("tiny_1m", "which model of the ladder", choices=("tiny_100k", "tiny_400k", "tiny_1m", "tiny_4m"))
     outliers: bool = option(False, "give the model outlier features without changing its function")
-    outliers_sigma: float = option(1.0, "spread of the outlier scales: log scale ~ N(0, sigma)", low=0.0, high=4.0)
+    outliers_sigma: float = option(
+        1.0, "spread of the outlier scales: log scale ~ N(0, sigma)", low=0.0, high=4.0, only="outliers=true"
+    )
     device: str = option("auto", "cpu, cuda, cuda:N or mps; auto: cuda where there is one, else cpu")
 
     def content(self) -> str:

@@ -59,7 +59,9 @@ class HuggingFace(Declared):
     )
     context: int | None = option(None, "most positions to use; none: as the model's config says", low=1, unit="tokens")
     outliers: bool = option(False, "give the model outlier features without changing its function")
-    outliers_sigma: float = option(1.0, "spread of the outlier scales: log scale ~ N(0, sigma)", low=0.0, high=4.0)
+    outliers_sigma: float = option(
+        1.0, "spread of the outlier scales: log scale ~ N(0, sigma)", low=0.0, high=4.0, only="outliers=true"
+    )
 
     def content(self) -> str:
         """sha256 of a folder's files, or the commit on the hub. UserError naming ``model.path``."""

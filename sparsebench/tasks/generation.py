@@ -39,7 +39,7 @@ class Generation(Declared):
     length: int = option(256, "tokens of a document (of the ladder's tokenizer)", low=64, high=8192)
     samples: int = option(64, "documents per task", low=1, high=100_000)
     seed: int = option(0, "first document; never the run's seed", low=0, high=100_000_000)
-    items: int = option(16, "copy, common_words: words of the list", low=2, high=32)
+    items: int = option(16, "words of the list", low=2, high=32, only="tasks=copy|common_words")
 
     def prepare(self, model: LoadedModel, corpora: Any) -> list[Question]:
         """The questions, task by task. UserError for an unknown task or documents that do not fit."""

@@ -53,10 +53,18 @@ class LmEvalScore(LmEval):
         for name, leaves in asked.items():
             metric = self.metric_of(leaves)
             if metric is None:
+                self._check_length(name, shared_metrics(leaves))
                 has = ", ".join(sorted(shared_metrics(leaves))) or "no metric that all of its tasks have"
                 raise UserError(f"task.metrics=[{','.join(self.wanted)}]: {name} reports {has}")
             if not all(leaf.higher_is_better().get(metric) for leaf in leaves.values()):
                 raise UserError(f"task.metrics: {metric} of {name} is not better when it is higher")
+
+    def _check_length(self, name: str, reported: set[str]) -> None:
+        """UserError when a task calls its scores by lengths, and the asked one is not among them."""
+        lengths = sorted((one for one in reported if one.isdigit()), key=int)
+        if lengths:
+            asked = "" if self.length is None else f"={self.length}"
+            raise UserError(f"task.length{asked}: {name} is scored at a length of {', '.join(lengths)}")
 
     def metadata(self, model: LoadedModel) -> dict[str, Any]:
         told = super().metadata(model)

@@ -60,9 +60,15 @@ class TinyworldTask(Declared):
     length: int = option(256, "tokens of a document (of the ladder's tokenizer)", low=64, high=8192)
     samples: int = option(64, "documents per task", low=1, high=100_000)
     seed: int = option(0, "first document; never the run's seed", low=0, high=100_000_000)
-    hops: int = option(2, "variable_tracking: copy steps from the variable to its value", low=1, high=8)
-    keys: int = option(0, "retrieval and two_hop: needles in a document, 0 to grow with the length", low=0, high=32)
-    items: int = option(8, "copy, common_words: words of the list", low=2, high=32)
+    hops: int = option(2, "copy steps from the variable to its value", low=1, high=8, only="tasks=variable_tracking")
+    keys: int = option(
+        0,
+        "needles in a document, 0 to grow with the length",
+        low=0,
+        high=32,
+        only="tasks=retrieval_multi_key|retrieval_multi_query|two_hop",
+    )
+    items: int = option(8, "words of the list", low=2, high=32, only="tasks=copy|common_words")
     protocol: str = option(
         "windows",
         "one forward per document, or context first and the question through the cache",
@@ -76,6 +82,8 @@ class TinyworldTask(Declared):
         for name in self.tasks:
             if name not in tinyworld.TASKS:
                 raise UserError(f"task.tasks={name}: unknown tinyworld task{closest(name, tinyworld.TASKS)}")
+        if "common_words" in self.tasks and self.items < 4:
+            raise UserError(f"task.items={self.items}: common_words has a most common word from 4 words on")
         return {name: [self._encode(model, name, self.seed + i) for i in range(self.samples)] for name in self.tasks}
 
     def prompts(self, prepared: dict[str, list[Encoded]]) -> list[int]:

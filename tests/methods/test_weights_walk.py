@@ -10,7 +10,11 @@ import torch
 from torch import nn
 from weight_models import FAMILIES, WINDOWS, assert_same_masks, linears, masks_of, prune
 
+from sparsebench.errors import UserError
+from sparsebench.methods.weights.dense import Dense
+from sparsebench.methods.weights.magnitude import Magnitude
 from sparsebench.methods.weights.statistics import InputNorm, gathering
+from sparsebench.methods.weights.walk import check
 from sparsebench.methods.weights.wanda import Wanda
 from sparsebench.models import blocks as walk
 from sparsebench.models.blocks import Blocks, capture, decoder_blocks
@@ -223,3 +227,12 @@ def test_hooks_are_removed_when_the_model_fails(make, part):
     with pytest.raises(RuntimeError, match="in the middle"):
         prune(model, Wanda(sparsity=0.5))
     assert hooks_on(model) == before
+
+
+def test_only_the_reference_takes_a_model_without_linear_layers():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    check([("dense", Dense())], model)
+    with pytest.raises(UserError, match=r"^model: its blocks have no linear layer .*, only Conv1D, LayerNorm$"):
+        check([("magnitude", Magnitude(sparsity=0.5))], model)

@@ -447,6 +447,10 @@ def test_metrics_that_cannot_be_scored_are_refused(loaded: LoadedModel, own: str
         ),
         ({"tasks": ("my_overlap",), "metrics": ("length",)}, "length of my_overlap is not better when it is higher"),
         ({"tasks": ("my_text",), "metrics": ("word_perplexity",)}, "word_perplexity of my_text is not better"),
+        (
+            {"tasks": ("my_overlap",), "metrics": ("rouge",), "length": 100},
+            "task.length=100: my_overlap is scored at a length of 96",
+        ),
         ({"tasks": ("my_overlap",), "length": 129}, "task.length=129: the model's context has 128"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -286,6 +286,8 @@ def test_outcomes_are_called_like_the_score() -> None:
             "approximation_size=256",
         ),
         ("task=sf_niah task.length=64 task.num_queries=20", "task.length=64"),
+        ("task=sf_niah task.length=512 task.num_queries=33", "task.num_queries=33: at most 32"),
+        ("task=sf_vt task.length=512 task.num_hops=32", "task.num_hops=32: at most 31"),
         ("task=sf_story_filtering task.form=tinyworld task.length=256", "no such form"),
         ("task=sf_qa_quality task.length=600 task.max_new=9 task.file=/no/such.json", "task.file=/no/such.json"),
         ("task=sf_qa_squad task.form=natural task.length=600 task.max_new=9", "task.file="),

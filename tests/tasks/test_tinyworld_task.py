@@ -280,7 +280,7 @@ def test_a_tokenizer_without_a_beginning() -> None:
         ({"tasks": []}, r"^task\.tasks: name at least one of retrieval_single, "),
         ({"length": 300}, r"^task\.length=300: 300 tokens; tiny has a context of 256$"),
         ({"length": 64, "keys": 32}, r"^task\.length=64: tinyworld: .* needs 1\d\d tokens, not 64$"),
-        ({"tasks": ["common_words"], "items": 3}, "common_words with 3 items has no most common word"),
+        ({"tasks": ["common_words"], "items": 3}, "task.items=3: common_words has a most common word from 4 words on"),
     ],
 )
 def test_refusals(llama: LoadedModel, options: dict[str, Any], message: str) -> None:

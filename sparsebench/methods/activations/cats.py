@@ -97,11 +97,11 @@ class Cats(FittedMethod):
     bins: int = option(999, "bins of the histogram", low=8, high=1_000_000)
     reach: float = option(1.0, "range of the histogram; what lies beyond falls into one bin", above=0.0)
     finetune_steps: int = option(0, "optimiser steps of LoRA under the thresholds (the paper: 1350); 0: none", low=0)
-    lora_rank: int = option(64, "finetune_steps: rank r of the updates", low=1)
-    lora_alpha: float = option(16.0, "finetune_steps: updates are scaled by alpha / rank", above=0.0)
-    lr: float = option(1e-5, "finetune_steps: peak learning rate of AdamW, falling to 0", above=0.0)
-    batch_size: int = option(1, "finetune_steps: calibration sequences of one forward", low=1)
-    grad_accum: int = option(8, "finetune_steps: forwards of one optimiser step", low=1)
+    lora_rank: int = option(64, "rank r of the updates", low=1, only="finetune_steps")
+    lora_alpha: float = option(16.0, "updates are scaled by alpha / rank", above=0.0, only="finetune_steps")
+    lr: float = option(1e-5, "peak learning rate of AdamW, falling to 0", above=0.0, only="finetune_steps")
+    batch_size: int = option(1, "calibration sequences of one forward", low=1, only="finetune_steps")
+    grad_accum: int = option(8, "forwards of one optimiser step", low=1, only="finetune_steps")
 
     def shapes(self, blocks: Sequence[GatedBlock]) -> dict[str, tuple[int, ...]]:
         found: dict[str, tuple[int, ...]] = {f"{block.name}.threshold": () for block in blocks}

@@ -80,9 +80,11 @@ class RSparse(FittedMethod):
         None, "a text file of alpha and sparsity for every layer, by block: q k v o gate up down", unit="file"
     )
     search: bool = option(False, "find each layer's alpha by evolution: lowest loss on the calibration windows")
-    population: int = option(32, "search: vectors of a generation", low=2, high=10_000)
-    generations: int = option(5, "search: generations", low=1, high=10_000)
-    groups: int = option(1, "search: groups of neighbouring blocks; each is searched while the others stay", low=1)
+    population: int = option(32, "vectors of a generation", low=2, high=10_000, only="search=true")
+    generations: int = option(5, "generations", low=1, high=10_000, only="search=true")
+    groups: int = option(
+        1, "groups of neighbouring blocks; each is searched while the others stay", low=1, only="search=true"
+    )
     score: str = option("scaled", "|x| times the column's norm, or plain |x|", choices=("scaled", "plain"))
     store: str = option("float16", "precision in which factors and norms are kept", choices=("float16", "float32"))
     compat: bool = option(True, "count k and v as large as q in the budget, as the release does")

@@ -206,7 +206,7 @@ class Sirius(ActivationMethod):
     tree_width: int = option(8, "drafts that live at once", low=1, high=256)
     temperature: float = option(0.6, "of the likelihoods in drafts and test; nothing is sampled", above=0.0)
     filter_active: bool = option(False, "a child above 0.95 has no siblings")
-    pattern_strict: bool = option(False, "kind=cats: all beams share one set of neurons")
+    pattern_strict: bool = option(False, "all beams share one set of neurons", only="kind=cats")
     kv_rewrite: bool = option(True, "the full model's keys and values replace the drafts' (false: ablation)")
     correct: bool = option(True, "false: the sparse model alone, the baseline")
 

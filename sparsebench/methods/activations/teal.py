@@ -51,7 +51,8 @@ class Teal(ScoredInputs):
     outlier: float = option(0.01, "share of the values in each of the two outer bins", low=0.0, below=0.5)
     compat_weights: bool = option(
         False,
-        "allocation=greedy: count k and v as 1/8 of q where they are as large, as in the published Llama-2 tables",
+        "count k and v as 1/8 of q where they are as large, as in the published Llama-2 tables",
+        only="allocation=greedy",
     )
 
     def distributions(self, seen: BlockSeen, kinds: Sequence[str]) -> dict[str, Distribution]:

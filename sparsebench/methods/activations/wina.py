@@ -58,13 +58,15 @@ class Wina(ScoredInputs):
         "topk", "keep what exceeds a fitted threshold, or the largest of each token", choices=("threshold", "topk")
     )
     base_step: float = option(
-        0.025, "allocation=greedy: sparsity that a projection of q's size gains in a step", above=0.0, high=1.0
+        0.025, "sparsity that a projection of q's size gains in a step", above=0.0, high=1.0, only="allocation=greedy"
     )
     norm_on: str = option(
         "code", "projections whose score has the column norm: k and gate, all, none", choices=("code", "all", "none")
     )
     transform: bool = option(True, "rotate the residual stream so that the columns of k and gate are orthogonal")
-    center_embeddings: bool = option(False, "transform: take each embedding's mean off first, as the release does")
+    center_embeddings: bool = option(
+        False, "take each embedding's mean off first, as the release does", only="transform=true"
+    )
 
     def scale(self, linear: Linear) -> Tensor | None:
         return linear.module.weight.detach().norm(dim=0) if linear.kind in _NORM_ON[self.norm_on] else None

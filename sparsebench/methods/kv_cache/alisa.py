@@ -66,10 +66,10 @@ class Alisa(Selector):
     hardware: str | None = option(
         None, "simulate the schedule on this GPU for the model's shape", choices=("v100_16", "v100_32", "h100_80")
     )
-    batch: int = option(16, "hardware: sequences at a time", low=1, high=100_000)
-    n_in: int = option(128, "hardware: tokens of a prompt", low=1, unit="tokens")
-    n_out: int = option(512, "hardware: tokens that are decoded", low=1, unit="tokens")
-    overlap: bool = option(False, "hardware: transfers run beside computation")
+    batch: int = option(16, "sequences at a time", low=1, high=100_000, only="hardware")
+    n_in: int = option(128, "tokens of a prompt", low=1, unit="tokens", only="hardware")
+    n_out: int = option(512, "tokens that are decoded", low=1, unit="tokens", only="hardware")
+    overlap: bool = option(False, "transfers run beside computation", only="hardware")
 
     def wanted(self, seen: Tensor) -> tuple[Tensor, Tensor]:
         """(local, global) entries to read of ``seen`` int64."""

@@ -55,7 +55,7 @@ class ExpectedAttention(Evictor):
         "uniform", "the same budget for every head, or shared among them", choices=("uniform", "ada")
     )
     alpha_safeguard: float = option(
-        0.2, "head_allocation=ada: share of its budget that a head keeps", low=0.0, high=1.0
+        0.2, "share of its budget that a head keeps", low=0.0, high=1.0, only="head_allocation=ada"
     )
 
     def forced(self, kept: int) -> int:

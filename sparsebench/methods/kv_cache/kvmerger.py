@@ -66,7 +66,7 @@ class KvMerger(Evictor):
         "eps from each prompt's budget, as given, or from calibration text",
         choices=("budget", "fixed", "calibrated"),
     )
-    eps: float = option(0.75, "eps_mode=fixed: least cosine of neighbours in a set", low=-1.0, high=2.0)
+    eps: float = option(0.75, "least cosine of neighbours in a set", low=-1.0, high=2.0, only="eps_mode=fixed")
     linkage: str = option("adjacent", "what the next key is compared with", choices=("adjacent", "centroid", "pivot"))
     sigma: str = option("mean_dist", "width of the Gaussian", choices=("mean_dist", "rms"))
     recent_ratio: float = option(0.1, "newest entries that are not merged / prompt", low=0.0, high=1.0)

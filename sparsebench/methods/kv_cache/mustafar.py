@@ -66,14 +66,16 @@ class Mustafar(KvMethod):
     k_sparsity: float | None = option(None, "sparsity of keys, in place of sparsity", low=0.0, below=1.0)
     v_sparsity: float | None = option(None, "sparsity of values, in place of sparsity", low=0.0, below=1.0)
     residual_length: int = option(32, "newest tokens that stay dense", low=0, unit="tokens")
-    group_size: int = option(32, "direction=channel: tokens that are ranked together", low=2, unit="tokens")
+    group_size: int = option(
+        32, "tokens that are ranked together", low=2, unit="tokens", only="direction_k|direction_v=channel"
+    )
     direction_k: str = option("token", "keys that are ranked together", choices=("token", "channel"))
     direction_v: str = option("token", "values that are ranked together", choices=("token", "channel"))
     criterion_k: str = option("magnitude", "what keys are ranked by", choices=("magnitude", "output_aware"))
     criterion_v: str = option("magnitude", "what values are ranked by", choices=("magnitude", "output_aware"))
     exact_count: bool = option(False, "remove exactly int(s D), not one fewer as the released code")
     store: str = option("masked", "how pruned tokens are kept", choices=("masked", "bitmap"))
-    compress_chunk: int = option(256, "store=bitmap: tokens that are pruned together, a multiple of 64", low=64)
+    compress_chunk: int = option(256, "tokens that are pruned together, a multiple of 64", low=64, only="store=bitmap")
 
     @property
     def levels(self) -> tuple[float, float]:

@@ -71,7 +71,9 @@ class TokenSelect(Selector):
         "soft", "softmax per head, top-k per head, or plain products", choices=("soft", "hard", "sum_logits")
     )
     selection_cache: bool = option(False, "reuse the last selection while queries are similar")
-    similarity_threshold: float = option(0.9, "selection_cache: cosine from which they are", low=0.0, high=1.0)
+    similarity_threshold: float = option(
+        0.9, "cosine from which they are", low=0.0, high=1.0, only="selection_cache=true"
+    )
     reposition: bool = option(True, "read at positions inside the selection")
 
     @property

@@ -85,6 +85,7 @@ class WeightMethod(Declared):
     exclude: tuple[str, ...] = option((), "not the layers whose name fits one of these patterns")
 
     stage: ClassVar[str] = "select"
+    reference: ClassVar[bool] = False  # whether it only stands beside others, so that it needs no layers
     also_recovers: ClassVar[bool] = False  # whether a method of stage select repairs what it pruned, too
     stores_zeros: ClassVar[bool] = False  # whether zeros among the kept are stored (as codes), so do not count
 
@@ -213,9 +214,10 @@ class Pruner(WeightMethod):
     )
     table: str | None = option(
         None,
-        "allocation=table: a YAML or JSON file that maps patterns of layer names to sparsities; "
+        "a YAML or JSON file that maps patterns of layer names to sparsities; "
         "layers that no pattern fits share the rest of the total",
         unit="file",
+        only="allocation=table",
     )
 
     @property

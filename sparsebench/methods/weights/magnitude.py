@@ -35,7 +35,7 @@ class Magnitude(ScorePruner):
     """Removes the weights with the smallest absolute value."""
 
     exact_count: bool = option(
-        False, "group=layer: prune exactly int(numel * sparsity) instead of all ties at the threshold"
+        False, "prune exactly int(numel * sparsity) instead of all ties at the threshold", only="group=layer"
     )
 
     def score(self, layer: Layer) -> Tensor:

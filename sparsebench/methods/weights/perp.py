@@ -74,7 +74,9 @@ class Perp(WeightMethod):
     train_bias: bool = option(True, "train the biases of all modules (nothing where the model has none)")
     train_norm: bool = option(True, "train the gains and offsets of the norms")
     train_lora: bool = option(True, "train a low-rank update of every pruned linear layer")
-    train_head_lora: bool = option(False, "retrain only: train a low-rank update of an untied output head")
+    train_head_lora: bool = option(
+        False, "train a low-rank update of an untied output head", only="training_mode=retrain"
+    )
     lora_type: str = option(
         "mask_lora",
         "how the low-rank update meets the mask (plain LoRA would fill it when merged)",

@@ -57,7 +57,7 @@ class Stack:
 
 
 def scoped_layers(model: nn.Module, method: WeightMethod, seed: int) -> list[list[Layer]]:
-    """The linear layers in scope, block by block. UserError when the patterns leave none."""
+    """The linear layers in scope, block by block. UserError when a method that changes weights is left none."""
     prefix, blocks = decoder_blocks(model)
     found = []
     for index, block in enumerate(blocks):
@@ -66,11 +66,20 @@ def scoped_layers(model: nn.Module, method: WeightMethod, seed: int) -> list[lis
         for place, layer in enumerate(layers):
             layer.generator.manual_seed(seed * 1_000_003 + index * 1009 + place)
         found.append(layers)
-    if not any(found):
+    if not any(found) and not method.reference:
+        _check_linear(blocks)
         raise UserError(
             f"include={list(method.include)} exclude={list(method.exclude)}: no linear layer is left in scope"
         )
     return found
+
+
+def _check_linear(blocks: Sequence[nn.Module]) -> None:
+    """UserError when the model has no linear layers at all, such as GPT-2, which has its own kind."""
+    modules = [one for block in blocks for one in block.modules()]
+    if not any(isinstance(one, nn.Linear) for one in modules):
+        kinds = {type(one).__name__ for one in modules if [*one.parameters(recurse=False)]}
+        raise UserError(f"model: its blocks have no linear layer (torch.nn.Linear), only {', '.join(sorted(kinds))}")
 
 
 def check(methods: Sequence[Named], model: nn.Module) -> None:

@@ -59,11 +59,13 @@ class SCBench(Declared):
     turns: int = option(5, "questions of a session", low=1, high=8)
     samples: int = option(64, "sessions", low=1, high=100_000)
     seed: int = option(0, "first session; never the run's seed", low=0, high=100_000_000)
-    length: int = option(512, "natural, tinyworld: tokens of the context", low=64, high=1_048_576)
-    items: int = option(48, "recall: facts of the context, each one token", low=1, high=1024)
-    copies: int = option(1, "recall: how often each fact stands in the context", low=1, high=64)
-    copies_lie: str = option("adjacent", "recall: where the copies of a fact stand", choices=("adjacent", "scattered"))
-    file: str | None = option(None, "natural: sessions in the data set's form, a JSONL file", unit="file")
+    length: int = option(512, "tokens of the context", low=64, high=1_048_576, only="form=natural|tinyworld")
+    items: int = option(48, "facts of the context, each one token", low=1, high=1024, only="form=recall")
+    copies: int = option(1, "how often each fact stands in the context", low=1, high=64, only="form=recall")
+    copies_lie: str = option(
+        "adjacent", "where the copies of a fact stand", choices=("adjacent", "scattered"), only="form=recall"
+    )
+    file: str | None = option(None, "sessions in the data set's form, a JSONL file", unit="file", only="form=natural")
 
     def __post_init__(self) -> None:
         super().__post_init__()

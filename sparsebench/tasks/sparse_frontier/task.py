@@ -78,26 +78,54 @@ class SparseFrontier(Declared):
     seed: int = option(43, "sample i is drawn with seed + i; never the run's seed", low=0, high=100_000_000)
     protocol: str = option(
         "windows",
-        "tinyworld: one forward per document, or context first and the question through the cache",
+        "one forward per document, or context first and the question through the cache",
         choices=("windows", "continuation"),
+        only="form=tinyworld",
     )
-    max_new: int = option(1024, "natural: most tokens of an answer", low=1, high=65_536)
-    file: str | None = option(None, "qa: a local JSON or JSONL file instead of the hub", unit="file")
+    max_new: int = option(1024, "most tokens of an answer", low=1, high=65_536, only="form=natural")
+    file: str | None = option(
+        None,
+        "a local JSON or JSONL file instead of the hub",
+        unit="file",
+        only="name=qa_squad|qa_quality|qa_toefl and form=natural",
+    )
     num_queries: int | None = option(
-        None, "niah, story_retrieval: questions of a prompt; 4 and 16 (tinyworld: 8) if not given", low=1, high=64
+        None,
+        "questions of a prompt; niah 4, story_retrieval 16 (tinyworld: 8) if not given",
+        low=1,
+        high=64,
+        only="name=niah|story_retrieval",
     )
-    key_groups: int = option(4, "niah, natural: groups of characters in a key and in a value", low=1, high=16)
-    key_chars: int = option(8, "niah, natural: characters of a group", low=1, high=32)
-    num_chains: int = option(8, "vt, natural: chains", low=1, high=1000)
-    num_hops: int | None = option(None, "vt: copy steps of a chain; 4 (tinyworld: 2) if not given", low=1, high=64)
-    num_common_words: int = option(10, "cwe, natural: common words", low=1, high=100)
-    common_word_frequency: int = option(30, "cwe, natural: times each common word comes", low=2, high=1000)
-    rare_word_frequency: int = option(3, "cwe, natural: times each other word comes", low=1, high=999)
-    list_words: int = option(8, "cwe, tinyworld: different words of the list", low=4, high=32)
-    chapters_in_question: int = option(3, "story_filtering: chapters without a purchase", low=1, high=100)
-    conversation_extensions: int = option(3, "story: sentences of each conversation", low=0, high=30)
-    protagonist_name: str = option("Arion", "story: who travels")
-    min_fill: float = option(0.9, "natural: the least filled share of the length", above=0.0, high=1.0)
+    key_groups: int = option(
+        4, "groups of characters in a key and in a value", low=1, high=16, only="name=niah and form=natural"
+    )
+    key_chars: int = option(8, "characters of a group", low=1, high=32, only="name=niah and form=natural")
+    num_chains: int = option(8, "chains", low=1, high=1000, only="name=vt and form=natural")
+    num_hops: int | None = option(
+        None, "copy steps of a chain; 4 (tinyworld: 2) if not given", low=1, high=64, only="name=vt"
+    )
+    num_common_words: int = option(10, "common words", low=1, high=100, only="name=cwe and form=natural")
+    common_word_frequency: int = option(
+        30, "times each common word comes", low=2, high=1000, only="name=cwe and form=natural"
+    )
+    rare_word_frequency: int = option(
+        3, "times each other word comes", low=1, high=999, only="name=cwe and form=natural"
+    )
+    list_words: int = option(8, "different words of the list", low=4, high=32, only="name=cwe and form=tinyworld")
+    chapters_in_question: int = option(
+        3, "chapters without a purchase", low=1, high=100, only="name=story_filtering and form=natural"
+    )
+    conversation_extensions: int = option(
+        3,
+        "sentences of each conversation",
+        low=0,
+        high=30,
+        only="name=story_retrieval|story_multihop|story_filtering and form=natural",
+    )
+    protagonist_name: str = option(
+        "Arion", "who travels", only="name=story_retrieval|story_multihop|story_filtering and form=natural"
+    )
+    min_fill: float = option(0.9, "the least filled share of the length", above=0.0, high=1.0, only="form=natural")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,8 +134,6 @@ class SparseFrontier(Declared):
                 f"task.common_word_frequency={self.common_word_frequency}: must be above "
                 f"task.rare_word_frequency={self.rare_word_frequency}"
             )
-        if self.file is not None and not self.name.startswith("qa_"):
-            raise UserError(f"task.file={self.file}: goes with task.name=qa_squad, qa_quality or qa_toefl")
 
     def prepare(self, model: LoadedModel, corpora: Any) -> list[Sample] | list[Encoded]:
         """The prompts. UserError when they do not fit the model or the length, or data are missing."""

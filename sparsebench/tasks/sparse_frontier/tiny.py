@@ -60,6 +60,7 @@ def documents(model: LoadedModel, name: str, seeds: range, sizes: Sizes) -> list
     if name not in COUNTERPARTS:
         raise UserError(f"task.form=tinyworld: {name} has no such form ({NONE[name]}); give task.form=natural")
     task, options = COUNTERPARTS[name]
+    _check(name, sizes)
     length, found = sizes.length, []
     for seed in seeds:
         try:
@@ -72,3 +73,12 @@ def documents(model: LoadedModel, name: str, seeds: range, sizes: Sizes) -> list
         answers = [(spans[start][0], spans[end - 1][1]) for start, end in document.answers]
         found.append(Encoded(f"{name}/{seed}", ids, spans[document.question - 1][1], answers))
     return found
+
+
+def _check(name: str, sizes: Sizes) -> None:
+    """UserError when that language has not enough names, which no length would mend."""
+    places, people = len(tinyworld.PLACES), len(tinyworld.PEOPLE)
+    if name in ("niah", "story_retrieval") and sizes.queries > places:
+        raise UserError(f"task.num_queries={sizes.queries}: at most {places} with task.form=tinyworld, one a place")
+    if name == "vt" and sizes.hops >= people:
+        raise UserError(f"task.num_hops={sizes.hops}: at most {people - 1} with task.form=tinyworld, one a name")
