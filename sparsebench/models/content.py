@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -154,3 +156,12 @@ def hub_error(path: str, revision: str | None, error: Exception) -> UserError:
         return UserError(f"model.revision={revision}: the hub's {path} has no such branch, tag or commit")
     why = f"the hub cannot be reached ({one_line(cause or error, 120)})"
     return UserError(f"model.path={path}: no such folder, not in the hub cache, and {why}")
+
+
+def check_layers(unused: Iterable[str], used: Iterable[str], named: str) -> None:
+    """UserError when the files hold more layers than the config, which transformers would drop without a word:
+    tensors that are not ``used``, but are called like one that is, up to a number."""
+    known = {re.sub(r"\d+", "#", name) for name in used}
+    more = sorted(name for name in unused if re.sub(r"\d+", "#", name) in known)
+    if more:
+        raise UserError(f"{named}: its weights do not fit its config.json: {len(more)} too many, first {more[0]}")

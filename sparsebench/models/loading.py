@@ -15,6 +15,7 @@ from sparsebench.declare import Declared, model, option
 from sparsebench.errors import UserError
 from sparsebench.models.content import (
     COMPRESSED,
+    check_layers,
     hub_content,
     hub_error,
     is_compressed,
@@ -300,6 +301,7 @@ def _model(folder: Path, config: PreTrainedConfig, how: How) -> PreTrainedModel:
             raise UserError(
                 f"{how.named}: its weights do not fit its config.json: {len(names)} {what}, first {names[0]}"
             )
+    check_layers(report["unexpected_keys"], found.state_dict(), how.named)
     return found  # type: ignore[no-any-return]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import shutil
 import sys
 import weakref
@@ -32,7 +33,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from sparsebench.errors import UserError
 from sparsebench.models.base import LoadedModel
 from sparsebench.models.blocks import Blocks, Groups, capture
-from sparsebench.models.content import is_compressed, weight_files
+from sparsebench.models.content import check_layers, is_compressed, weight_files
 from sparsebench.models.outliers import inject_block
 from sparsebench.models.saving import drafted, write_notes
 
@@ -380,6 +381,10 @@ def open_streamed(
         )
     model.tie_weights()
     model.eval()
+    used = model.state_dict()
+    ignored = model._keys_to_ignore_on_load_unexpected or ()  # no public name; what from_pretrained drops, too
+    unused = [one for one in source.files if one not in used and not any(re.search(each, one) for each in ignored)]
+    check_layers(unused, used, how.named)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     for option in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,8 @@ def test_damaged_folders_are_refused_in_one_line(folder: Path, tmp_path: Path) -
         assert "config.json cannot be used" in refusal(path=str(folder))
     config.write_text(json.dumps({**json.loads(text), "num_hidden_layers": 3}))
     assert "do not fit its config.json" in refusal(path=str(folder))
+    config.write_text(json.dumps({**json.loads(text), "num_hidden_layers": 1}))
+    assert re.search(r"do not fit its config.json: 9 too many, first model.layers.1\.", refusal(path=str(folder)))
     config.write_text(json.dumps({**json.loads(text), "intermediate_size": 32}))
     assert "do not fit its config.json" in refusal(path=str(folder))
     config.write_text(text)

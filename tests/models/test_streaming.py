@@ -240,6 +240,11 @@ def other_shape(folder: Path) -> None:
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def more_layers(folder: Path) -> None:
+    found = tensors(folder) | {"model.layers.7.mlp.up_proj.weight": torch.zeros(3, 3)}
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def torn(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-2000])
@@ -248,8 +253,9 @@ def torn(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [(pickles, "has no safetensors files, only pytorch_model.bin"), (lacks, "model.layers.1.mlp.up_proj.weight"),
-     (other_shape, "do not fit its config.json"), (torn, "model.safetensors")],
-    ids=["pickles", "lacks", "other_shape", "torn"],
+     (other_shape, "do not fit its config.json"), (torn, "model.safetensors"),
+     (more_layers, "1 too many, first model.layers.7.mlp.up_proj.weight")],
+    ids=["pickles", "lacks", "other_shape", "torn", "more_layers"],
 )  # fmt: skip
 def test_folders_that_cannot_be_streamed(
     spoil: Callable[[Path], None], message: str, command: Command, tiny_folder: Path, text_file: Path, tmp_path: Path
