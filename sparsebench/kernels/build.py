@@ -172,11 +172,21 @@ def _make(isa: str) -> Library | str:
     for openmp in (("-fopenmp",), ()):  # Apple's clang has no OpenMP
         command = [compiler, *_COMMON, *_FLAGS[isa], *openmp]
         try:
-            return Library(isa, bool(openmp), _declared(ctypes.CDLL(str(_compiled(command, isa)))))
+            return Library(isa, bool(openmp), _opened(command, isa))
         except (OSError, subprocess.SubprocessError) as error:
             detail = getattr(error, "stderr", None) or str(error)
             problem = f"{Path(compiler).name} failed: {' '.join(str(detail).split())[:200]}"
     return problem
+
+
+def _opened(command: list[str], isa: str) -> ctypes.CDLL:
+    """The library; a kept one that is damaged is compiled again. OSError or SubprocessError where it cannot be had."""
+    file = _compiled(command, isa)
+    try:
+        return _declared(ctypes.CDLL(str(file)))
+    except OSError:
+        _compile(command, sorted(SOURCES.glob("*.c")), file)
+        return _declared(ctypes.CDLL(str(file)))
 
 
 def _compiled(command: list[str], isa: str) -> Path:

@@ -55,6 +55,20 @@ def test_compiled_once(fresh) -> None:
     assert [one.stat().st_mtime_ns for one in fresh.iterdir()] == [made]
 
 
+@pytest.mark.parametrize("damage", [b"", b"\x7fELF and no more"], ids=["emptied", "cut"])
+def test_a_damaged_library_is_compiled_again(fresh, damage: bytes) -> None:
+    with build.using("portable"):
+        if build.library() is None:
+            pytest.skip(build.status())
+        before = build.status()
+        (file,) = fresh.iterdir()
+        file.unlink()  # it is mapped
+        file.write_bytes(damage)
+        build.forget()
+        assert build.library() is not None and build.status() == before
+    assert list(fresh.iterdir()) == [file]
+
+
 def test_processes_that_start_together(fresh) -> None:
     words = "from sparsebench.kernels import build\nwith build.using('portable'): print(build.status())"
     started = [
