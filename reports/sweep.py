@@ -88,8 +88,7 @@ def back(quality):
 
 
 points["score"] = back(points["quality"])
-ends = np.sort([back(points["quality"] - points["half"]), back(points["quality"] + points["half"])], axis=0)
-points["ci_low"], points["ci_high"] = ends
+points["ci_low"], points["ci_high"] = np.sort([back(points["low"]), back(points["high"])], axis=0)
 points = points.rename(
     columns={"model_label": "model", "task_label": "task", "method_label": "method", "level": "requested"}
 )
@@ -111,36 +110,16 @@ verdicts, details = facts.verdicts(sweep)
 matched = levels.matched(points, outcomes)
 best = levels.significantly_best(matched, outcomes)
 sentences = []
-if len(best):
-    won = best[best["ahead"]].groupby("best").size().sort_values(ascending=False)
-    clear = int(best["ahead"].sum())
-    sentences.append(
-        f"**{won.index[0]}** is ahead of all others at {won.iloc[0]} of {len(best)} sparsities"
-        f" (paired difference, p < .05)" + (f"; at {len(best) - clear} no method is." if clear < len(best) else ".")
-        if clear
-        else f"At none of {len(best)} sparsities is one method clearly ahead of all others."
-    )
-kept = safe[safe["non_inferior"].notna()]
-if len(kept):
-    top = kept.sort_values("non_inferior", ascending=False, kind="stable").iloc[0]
-    floor = safe.assign(level=safe["non_inferior"].fillna(0)).groupby("method", sort=False)["level"].min()
-    sentences.append(
-        f"The largest sparsity at which a loss of 0.02 or more is ruled out: **{top['non_inferior']:.2f}** with "
-        f"{top['method']} on {top['model']}, {top['task']}; on every model and task: {floor.max():.2f} with "
-        f"{floor.idxmax()}."
-    )
-elif len(safe):
-    tested = safe["n"].notna().any()
-    why = (
-        f"at no level a loss of 0.02 or more is ruled out (n = {safe['n'].min():.0f})"
-        if tested
-        else safe["says"].iloc[0]
-    )
-    sentences.append(f"No sparsity is shown to be safe: {why}.")
+sentences += facts.who_is_ahead(best) + facts.what_is_safe(safe)
 main = verdicts[verdicts["counts"].astype(bool)] if len(verdicts) else verdicts
 if len(main):
-    good = int((main["verdict"] == "reproduced").sum())
-    sentences.append(f"**{good} of {len(main)}** main claims that are expected at this scale are reproduced.")
+    good, tested = int((main["verdict"] == "reproduced").sum()), int((main["verdict"] != "untested").sum())
+    rest = f"; {len(main) - tested} more could not be tested" if tested < len(main) else ""
+    sentences.append(
+        f"**{good} of {tested}** tested main claims that are expected at this scale are reproduced{rest}."
+        if tested
+        else f"None of the {len(main)} main claims that are expected at this scale could be tested on these runs."
+    )
 if len(runs) > len(counted):
     sentences.append(f"{len(runs) - len(counted)} of {len(runs)} planned runs do not count; they are listed below.")
 show.says(*sentences)
@@ -160,7 +139,7 @@ else:
     shown = verdicts.assign(
         counted=verdicts["counts"].map({True: "yes", False: "not counted"}),
         effect=[
-            "" if pd.isna(e) else f"{e:.4g}" if pd.isna(lo) else f"{e:.4g} [{lo:.4g}, {hi:.4g}]"
+            "" if pd.isna(e) else show.with_interval(e, lo, hi)
             for e, lo, hi in zip(verdicts["estimate"], verdicts["low"], verdicts["high"], strict=True)
         ],
     )
@@ -189,10 +168,10 @@ show.table(facts.grid(runs), "grid", "The grid: every key with its values.")
 states = runs.groupby(["method_label", "state"]).size().unstack(fill_value=0)
 states = states.reindex(columns=[one for one in data.STATES if one in states]).reset_index()
 show.table(states.rename(columns={"method_label": "method"}), "states", "Runs by method and state.")
-hours = runs["seconds"].sum() / 3600 if "seconds" in runs else 0
-show.says(f"Total time of the runs: {hours:.2f} h.")
+if "seconds" in runs:
+    show.says(f"Total time of the runs: {show.duration(runs['seconds'].sum())}.")
 if sweep.spec and sweep.spec.exclude:
-    show.says("Left out of the grid by the sweep's file: " + "; ".join(map(str, sweep.spec.exclude)) + ".")
+    show.says("Left out of the grid by the sweep's file: " + "; ".join(map(facts.condition, sweep.spec.exclude)) + ".")
 
 # %% not_counted
 bad = runs[runs["state"] != "ok"]
@@ -232,9 +211,9 @@ elif not findings:
 # %% [markdown] curves
 # ## Quality against sparsity
 # Achieved sparsity, never the request. Bars: 95% intervals. Dashed black: the dense model. Grey: naive baselines.
-# Hollow: runs that missed their sparsity, in no statistic. A tick across a curve: the largest sparsity up to which
-# every level stays within the tolerance (0.05 in log perplexity, else 0.01). Hover over a point for its numbers; it
-# leads to its record.
+# Hollow: runs that missed their sparsity, in no statistic. A ring around a point: the largest sparsity up to which
+# every level stays within the tolerance (0.05 in log perplexity, else 0.01). A point without a bar: its interval is
+# not known, as where few samples all came out the same. Hover over a point for its numbers; it leads to its record.
 
 # %% tradeoff
 panels = list(dict.fromkeys(zip(points["model"], points["task"], strict=True)))
@@ -247,7 +226,7 @@ for model, task in panels if len(panels) <= MOST else ():
     name = show.file_name("tradeoff", model, task)
     seeds = runs.loc[(runs["model_label"] == model) & (runs["task_label"] == task), "seed"].nunique()
     caption = f"{model}, {task}: n = {here['n'].min():.0f}, {max(seeds, 1)} seed{'s' if seeds > 1 else ''}, "
-    caption += f"95% intervals ({', '.join(here['interval'].unique())}), {source}."
+    caption += f"95% intervals ({', '.join(sorted(here['interval'].unique()))}), {source}."
     if here["score"].max() > spans[task][1]:
         caption += f" Scores above {spans[task][1]:,.4g} are off the figure."
     with drawing(name):
@@ -266,10 +245,11 @@ for first in range(0, len(settings) if len(panels) > MOST else 0, ACROSS):
                         f"{own['metric'].iloc[0]} over achieved sparsity, {task}, by size and setting")  # fmt: skip
 
 # %% curve_table
-columns = ["model", "task", "method", "requested", "achieved", "score", "ci_low", "ci_high", "n", "seeds", "flags"]
+columns = ["model", "task", "method", "requested", "achieved", "score", "ci_low", "ci_high", "interval", "n", "seeds"]
 show.table(
-    points[columns], "curves", f"The points of the curves, with 95% intervals, {source}.", digits={"achieved": ".4f"}
-)
+    points[[*columns, "flags"]], "curves", f"The points of the curves, with 95% intervals, {source}.",
+    digits={"achieved": ".4f"},
+)  # fmt: skip
 
 # %% knees
 if knees.empty:
@@ -333,7 +313,8 @@ else:
     bold = {f"{c:g}": [(m, t, c, name) in ahead for m, t, name in keys] for c in wide.columns[3:]}
     wide.columns = [c if isinstance(c, str) else f"{c:g}" for c in wide.columns]
     mark = f" UNFAIR: {unfair[0].sentence}" if unfair else ""
-    show.table(wide.fillna(""), "matched", f"Score ± standard error at each achieved sparsity, {source}.{mark}",
+    caption = "Score ± standard error (none where all outcomes are the same) at each achieved sparsity, "
+    show.table(wide.fillna(""), "matched", f"{caption}{source}.{mark}",
                bold=bold, order={f"{c:g}": scores[c] for c in scores})  # fmt: skip
     show.table(best.rename(columns={"at": "sparsity"}), "best",
                "The best against the second best; difference in quality, paired over samples.")  # fmt: skip
@@ -345,7 +326,7 @@ if tasks > 1 and len(sparse):
     reference = dense["score"].groupby(level=[0, 1]).first()
     base = reference.reindex(pd.MultiIndex.from_frame(ratio[["model", "task"]])).to_numpy()
     lower = ratio["better"] == "lower"
-    ratio["kept"] = np.where(lower, base / ratio["score"], ratio["score"] / base)
+    ratio["kept"] = np.where(lower, base / ratio["score"], ratio["score"] / np.where(base > 0, base, np.nan))
     at_level = min(ratio["requested"].dropna().unique(), key=lambda s: abs(s - 0.5), default=None)
     chosen = ratio[ratio["requested"] == at_level] if at_level is not None else ratio
     shares = chosen.pivot_table(index="method", columns="task", values="kept", aggfunc="mean", sort=False)
@@ -354,7 +335,8 @@ if tasks > 1 and len(sparse):
         f"share of the dense score kept at {at_level:g}" if at_level is not None else "share of the dense score kept"
     )
     with drawing("heat"):
-        show.figure(figures.heat(shares, title), "heat", f"{title}, mean over models; grey: untested. {source}.",
+        show.figure(figures.heat(shares, title), "heat",
+                    f"{title}, mean over models; grey: untested, or dense has none; {source}.",
                     f"Heat map of methods by tasks: {title}")  # fmt: skip
     show.table(shares.reset_index(), "heat", f"{title}.")
 else:
@@ -466,8 +448,8 @@ else:
 
 # %% [markdown] sizes
 # ### Which size for a cost
-# At each cost, the best quality that every model size reaches with any method (interpolated along each method's own
-# curve). Dashed, with its 95% band: the cost at which two neighbouring sizes change places.
+# At each cost, the best quality that every model size reaches for no more with any method (interpolated along each
+# method's own curve). Dashed, with its 95% band: the cost at which two neighbouring sizes change places.
 
 # %% iso_cost
 frames = []
@@ -484,10 +466,10 @@ for task, own in usable.groupby("task", sort=False):
             show.figure(drawn, file, f"{task}: the best of each size against {COSTS[name]}, {source}.",
                         f"Best quality of each model size over {COSTS[name]}, {task}")  # fmt: skip
 if frames:
-    crossed = pd.concat(frames)[["task", "axis", "model", "larger", "cost", "low", "high", "share"]]
-    show.table(crossed, "crossovers", "Costs above which the larger of two neighbouring sizes is the better one, with "
-               "95% intervals and the share of resamples that have a crossover (empty: they do not change places at a "
-               f"cost that both reach), {source}.",
+    crossed = pd.concat(frames)[["task", "axis", "model", "larger", "cost", "above", "low", "high", "share"]]
+    show.table(crossed, "crossovers", "Costs at which two neighbouring sizes change places, and which is the better "
+               "above (empty: neither at a cost that both reach). With the 95% interval of the first one in that "
+               f"direction, and the share of resamples that have one, {source}.",
                digits={"cost": ",.4g", "low": ",.4g", "high": ",.4g", "share": ".3f"})  # fmt: skip
     operations = [name for name in have if name.startswith("flops_") and over_tasks.saves(usable, name)]
     equal = pd.concat(
@@ -534,7 +516,8 @@ raw = sweep.layers(chosen["run_id"])
 layers = facts.blocks(raw, dict(zip(chosen["run_id"], chosen["method_label"], strict=True))) if len(raw) else raw
 if len(layers):
     profile = layers.groupby(["method", "block", "module"], sort=False)["achieved"].mean().reset_index()
-    caption = f"Per-layer sparsity on {model} at {at_level:g} (dashed: the request), {source}."
+    on = "; ".join(chosen["task_label"].unique())
+    caption = f"Per-layer sparsity on {model} at {at_level:g} (dashed: the request), {on}, {source}."
     with drawing("layers"):
         drawn = figures.layer_profile(profile, looks, at_level)
         show.figure(drawn, "layers", caption, f"Achieved sparsity by block and module, {model}, at {at_level:g}")
@@ -557,17 +540,21 @@ show.laws(results, source)
 if by_length:
     show.says(
         "The log-linear law of accuracy, for each phase by two estimators: *binomial*, the likelihood of the outcomes, "
-        "and *ols*, least squares on clipped logits as in the paper. Each axis in turn was held out: the law was "
-        "fitted without its highest value and predicts it."
+        "and *ols*, least squares on clipped logits as in the paper. Each axis in turn was held out, where two or more "
+        "of its values are left: the law was fitted without its highest value and predicts it."
     )
+    show.says(*length_law.not_held(by_length))
     for one in by_length:
+        if length_law.predictions(one).empty:
+            continue
         file = show.file_name("heldout", one.name)
         with drawing(file):
             drawn = multiples.heldout(length_law.predictions(one), one.name)
             show.figure(drawn, file, f"{one.name}: what was held out, {source}.",
                         f"Predicted over observed accuracy on the held-out slices, {one.name}")  # fmt: skip
-    show.table(length_law.table(by_length), "heldout", "What each fit predicts of the slice that was held out, over "
-               f"all tasks and by task: R2, Spearman's rho, mean absolute error, {source}.")  # fmt: skip
+    if len(length_law.table(by_length)):
+        show.table(length_law.table(by_length), "heldout", "What each fit predicts of the slice that was held out, "
+                   f"over all tasks and by task: R2, Spearman's rho, mean absolute error, {source}.")  # fmt: skip
 if not results:
     show.empty("No law is fitted. " + "; ".join(reasons) + ".")
 
@@ -584,25 +571,23 @@ if reliable.empty:
     show.empty("No published number stands at a method and level of this sweep.")
 else:
     largest = dense_costs["model"].iloc[-1] if len(dense_costs) else points["model"].iloc[-1]
-    shown = reliable[reliable["our_model"] == largest].fillna({"setting": "", "their_data": "", "unit": ""})
+    shown = reliable[reliable["our_model"] == largest].rename(columns={"our_task": "task"})
     shown = shown.assign(
-        ours=[
-            f"{o:.4g} [{lo:.4g}, {hi:.4g}]"
-            for o, lo, hi in zip(shown["ours"], shown["ours_low"], shown["ours_high"], strict=True)
+        ours=list(map(show.with_interval, shown["ours"], shown["ours_low"], shown["ours_high"])),
+        theirs=[
+            f"{value:g} {unit if isinstance(unit, str) else ''}".strip()
+            for value, unit in zip(shown["published"], shown["unit"], strict=True)
         ],
-        theirs=shown["published"].map("{:g}".format),
         on=[
-            ", ".join(filter(None, one))
+            ", ".join(text for text in one if isinstance(text, str))
             for one in zip(shown["their_model"], shown["their_data"], shown["setting"], strict=True)
         ],
     )
-    columns = ["method", "sparsity", "pattern", "metric", "theirs", "on", "ours", "place", "quality"]
+    columns = ["method", "sparsity", "pattern", "metric", "theirs", "on", "task", "ours", "place", "quality"]
     if shown["difference"].notna().any():
-        columns.insert(7, "difference")
+        columns.insert(8, "difference")
     hidden = int((compared["quality"] == "unverified").sum())
-    caption = (
-        f"Published numbers (theirs, on their model and data) beside ours on {largest}, {shown['our_task'].iloc[0]}. "
-    )
+    caption = f"Published numbers (theirs, on their model and data) beside ours on {largest} (task: ours). "
     caption += f"All our models: published_vs_ours.csv. {hidden} unverified numbers are hidden."
     show.table(shown[columns], "published", caption)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparsebench.analysis.statistics import difference, is_bounded
+from sparsebench.analysis.statistics import difference, is_binary
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -27,6 +27,7 @@ ALPHA = 0.05  # one-sided, of both rules for safe sparsity
 SHARE = 0.5  # of the dense score, below which a task has collapsed (ours; papers read thresholds off their tables)
 _SLACK = 1e-9  # what rounding may take from a score
 _GRID = 0.001  # of the hinge's knee
+_FLAT = 1e-9  # a loss from no to full sparsity that is only rounding
 _Z, _POWER = 1.645, 0.84  # normal quantiles of ALPHA and of 80% power
 _COSTS = ("flops_prefill", "flops_decode", "bytes_weights", "kv_bytes_per_token")
 
@@ -125,9 +126,12 @@ class Broken:
 
     @property
     def sharpness(self) -> float:
-        """How many times steeper the right line is; infinite after a plateau."""
-        left, right = self.slopes
-        return right / left if left else math.inf
+        """How many times steeper the right line falls; infinite where the left one does not fall, not a number where
+        the right one does not. A slope of rounding noise is none."""
+        left, right = (slope if abs(slope) > _FLAT else 0.0 for slope in self.slopes)
+        if right >= 0:
+            return math.nan
+        return right / left if left < 0 else math.inf
 
 
 def tolerance_knee(sparsity: ArrayLike, quality: ArrayLike, tolerance: float = TOLERANCE) -> float:
@@ -284,7 +288,7 @@ def non_inferior(dense: ArrayLike, levels: Levels, *, margin: float = MARGIN, al
     for level, outcomes in _ordered(levels):
         own = np.atleast_2d(np.asarray(outcomes, dtype=np.float64))
         loss = float(reference.mean() - own.mean())
-        if len(reference) == len(own) == 1 and is_bounded(reference) and is_bounded(own):
+        if len(reference) == len(own) == 1 and is_binary(reference) and is_binary(own):
             upper = bonett_price_upper(reference[0], own[0])
             steps.append(Step(level, loss, None, upper, upper < margin))
         else:

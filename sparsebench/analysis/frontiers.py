@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -66,19 +67,29 @@ Line = tuple[ArrayLike, ArrayLike]
 
 
 def best_at(lines: Sequence[Line], cost: ArrayLike) -> Array:
-    """The best quality that one model size reaches at each cost, over its methods' own curves, each interpolated on
-    the logarithm of cost; not a number where no curve reaches."""
+    """The best quality that one model size reaches for no more than each cost, over its methods' own curves, each
+    interpolated on the logarithm of cost. It never falls: who may spend more can spend less, and where a curve ends its
+    best stays. Not a number below the cheapest point."""
     wanted = np.log(np.asarray(cost, dtype=np.float64))
     found = np.full(wanted.shape, -math.inf)
     for costs, qualities in lines:
         x, y = np.log(np.asarray(costs, dtype=np.float64)), np.asarray(qualities, dtype=np.float64)
         order = np.argsort(x)
-        found = np.maximum(found, np.interp(wanted, x[order], y[order], left=-math.inf, right=-math.inf))
+        x, y = x[order], y[order]
+        passed = np.concatenate([[-math.inf], np.fmax.accumulate(y)])[np.searchsorted(x, wanted, side="right")]
+        found = np.fmax.reduce([found, passed, np.interp(wanted, x, y, left=-math.inf, right=-math.inf)])
     return np.where(np.isfinite(found), found, np.nan)
 
 
-def crossovers(small: Sequence[Line], large: Sequence[Line]) -> list[float]:
-    """The costs at which the better of two model sizes changes, in the range that both reach."""
+class Crossover(NamedTuple):
+    """``cost``: where two sizes change places; ``larger``: whether the larger one is the better above it."""
+
+    cost: float
+    larger: bool
+
+
+def crossovers(small: Sequence[Line], large: Sequence[Line]) -> list[Crossover]:
+    """Where the better of two model sizes changes, in the range of costs that both reach."""
     ends = [np.log([np.min(np.concatenate(c)), np.max(np.concatenate(c))]) for c in map(_costs, (small, large))]
     low, high = max(ends[0][0], ends[1][0]), min(ends[0][1], ends[1][1])
     if not low < high:
@@ -89,22 +100,24 @@ def crossovers(small: Sequence[Line], large: Sequence[Line]) -> list[float]:
     known = np.isfinite(gap) & (gap != 0)
     x, gap = x[known], gap[known]
     turns = np.flatnonzero(np.sign(gap[1:]) != np.sign(gap[:-1]))
-    return [float(np.exp(x[i] + (x[i + 1] - x[i]) * gap[i] / (gap[i] - gap[i + 1]))) for i in turns]
+    at = [float(np.exp(x[i] + (x[i + 1] - x[i]) * gap[i] / (gap[i] - gap[i + 1]))) for i in turns]
+    return [Crossover(cost, bool(gap[i + 1] > 0)) for cost, i in zip(at, turns, strict=True)]
 
 
 def crossover_interval(
-    draws: Sequence[tuple[Sequence[Line], Sequence[Line]]], *, level: float = 0.95
+    draws: Sequence[tuple[Sequence[Line], Sequence[Line]]], larger: bool = True, *, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """(low, high, share): the percentile interval of the first crossover, and the share of resamples that have one.
+    """(low, high, share): the percentile interval of the first cost above which the larger (else the smaller) size is
+    the better one, and the share of resamples that have one.
 
     ``draws``: of every resample the curves of the small and of the large size, as ``crossovers`` takes them.
     """
-    found = [crossovers(small, large) for small, large in draws]
-    first = [one[0] for one in found if one]
+    every = ([one.cost for one in crossovers(*draw) if one.larger == larger] for draw in draws)
+    first = [costs[0] for costs in every if costs]
     if not first:
         return math.nan, math.nan, 0.0
     low, high = np.percentile(first, [50 * (1 - level), 50 * (1 + level)])
-    return float(low), float(high), len(first) / len(found)
+    return float(low), float(high), len(first) / len(draws)
 
 
 def _costs(lines: Sequence[Line]) -> list[Array]:

@@ -153,15 +153,25 @@ def _placed(sweep: Sweep, claim: Claim, plan: Plan | None, verdict: Verdict) -> 
 
 
 def _left_out(sweep: Sweep, claim: Claim, plan: Plan) -> str:
-    """Values that the sweep's file gives to a key of for_each and that the planned grid lacks."""
+    """Values that the sweep's file gives to a key of for_each and that the planned grid lacks, but for those that the
+    sweep never joins with what the claim selects."""
     parts = []
     components = claim.components(_points(plan))
     for key in claim.for_each:
         declared = sorted(sweep.grid.get(key, []), key=order)
         missing = [one for one in declared if not any(same(one, values[key]) for values in components)]
+        missing = [one for one in missing if not _excluded(sweep, {**claim.select, key: one})]
         if missing and not isinstance(missing[0], list):
             parts.append(f"{key}={', '.join(map(str, missing))}")
     return " and ".join(parts)
+
+
+def _excluded(sweep: Sweep, known: Mapping[str, Any]) -> bool:
+    """Whether a rule of the sweep leaves out every run with what is known of it."""
+    return any(
+        all(key in known and any(same(one, known[key]) for one in values) for key, values in rule.items())
+        for rule in sweep.exclude
+    )
 
 
 def _notes(workspace: Workspace, sweep: Sweep, plan: Plan | None) -> list[str]:

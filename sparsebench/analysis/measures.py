@@ -23,9 +23,9 @@ from sparsebench.analysis import fairness, fitted
 from sparsebench.analysis.claims import Claim
 from sparsebench.analysis.expressions import Call, Expression, Reference, Value
 from sparsebench.analysis.leaves import Constant, Drop, Knee, Leaf, Mean, Quotient, evaluated
-from sparsebench.analysis.outcomes import Outcomes, Row, Untested, column_of, layout, outcomes, spent
+from sparsebench.analysis.outcomes import Outcomes, Row, Untested, are_shares, column_of, layout, outcomes, spent
 from sparsebench.analysis.selection import CURVE_LEVELS, Point, differences, matching, nearest, same, value_of
-from sparsebench.analysis.statistics import Array, Population, Weights, is_bounded
+from sparsebench.analysis.statistics import Array, Population, Weights
 
 Values = Mapping[str, Value]
 Node = Call | Reference
@@ -110,8 +110,7 @@ class Bench:
         if claim.unit != "none":
             self._collect(chosen)
         self.populations = [shared.close() for shared in self._shared.values()]
-        outcomes_of_all = [values for shared in self._shared.values() for values in shared.values()]
-        self.bounded = bool(outcomes_of_all) and all(map(is_bounded, outcomes_of_all))
+        self.bounded = bool(self._shared) and all(shared.bounded for shared in self._shared.values())
         self.leaves: list[dict[Node, Leaf]] = [{call: self._leaf(call, one) for call, one in x.items()} for x in chosen]
         if claim.unit != "none":
             self._check_minimum()
@@ -301,8 +300,9 @@ class _Shared:
     def of(self, run_id: str, column: str) -> Array:
         return self.columns[run_id, column][1]
 
-    def values(self) -> list[Array]:
-        return [values for _, values, _ in self.columns.values()]
+    @property
+    def bounded(self) -> bool:
+        return all(are_shares(column, values) for (_, column), (_, values, _) in self.columns.items())
 
 
 def related(claim: Claim, points: Sequence[Point]) -> list[Point]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 
-from sparsebench.analysis.statistics import Array, Indices, Population, mean
+from sparsebench.analysis.statistics import Array, Indices, Population, is_bounded, mean
 from sparsebench.results.record import decode, leading_run_id
 from sparsebench.results.store import Store, no_garbage_collection
 
@@ -125,6 +125,12 @@ def column_of(kind: str, record: Row) -> tuple[str, float | None]:
             raise Untested(f"its task {record.get('task')} has no NLL (its score is {metric})")
         return column, value
     return column, record.get(metric)
+
+
+def are_shares(column: str, values: Array) -> bool:
+    """Whether the outcomes of a per-sample column are shares of right answers: between 0 and 1, and not the NLL or a
+    number of tokens, which may happen to be."""
+    return column != "nll" and not column.startswith("tokens") and is_bounded(values)
 
 
 def layout(first: Outcomes, columns: Sequence[tuple[str, Array, float | None]]) -> Population:

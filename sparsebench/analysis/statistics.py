@@ -92,7 +92,8 @@ def mean(values: Array, population: Population, seeds: Array, items: Array) -> A
 @dataclass(frozen=True)
 class Estimate:
     """An effect with its error. ``df``: degrees of freedom of t (infinite without a spread); ``samples``,
-    ``seeds``: how many there were; ``bounded``: all outcomes are 0 or 1, so that no spread is not no doubt."""
+    ``seeds``: how many there were; ``bounded``: all outcomes are between 0 and 1 (shares of right answers), so that
+    no spread is not no doubt."""
 
     theta: float
     v_seed: float
@@ -109,8 +110,8 @@ class Estimate:
         return 0.0 if se <= _ROUNDING * max(1.0, abs(self.theta)) else se
 
     def interval(self) -> tuple[float, float]:
-        """95%, two-sided. Without a spread: +-3/n for outcomes of 0 and 1 (the rule of three), else the point
-        itself; everything is possible below 30 samples."""
+        """95%, two-sided. Without a spread: +-3/n for outcomes between 0 and 1 (the rule of three), else the point
+        itself; everything is possible (infinite ends) below 30 samples."""
         if self.se > 0:
             from scipy.stats import t
 
@@ -275,6 +276,11 @@ def difference(
 
 
 def is_bounded(values: Array) -> bool:
+    """Whether all outcomes are between 0 and 1, as shares of right answers are."""
+    return bool(((values >= 0) & (values <= 1)).all())
+
+
+def is_binary(values: Array) -> bool:
     """Whether all outcomes are 0 or 1."""
     return bool(numpy.isin(values, (0.0, 1.0)).all())
 

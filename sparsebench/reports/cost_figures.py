@@ -53,8 +53,11 @@ def iso_cost(points: DataFrame, crossed: DataFrame, cost: str, label: str) -> Dr
 
 
 def _limits(points: DataFrame) -> tuple[float, float]:
-    """Of the axis of quality: three times what lies between the dense models; sparse ones may be broken by any
-    amount."""
+    """Of the axis of quality: all points of shares; else three times what lies between the dense models, as sparse
+    ones may be broken by any amount."""
+    if points["quality"].between(0, 1).all():
+        room = 0.05 * float(np.ptp(points["quality"])) or 0.05
+        return float(points["quality"].min()) - room, float(points["quality"].max()) + room
     dense, best_one = points.loc[points["method"] == DENSE, "quality"], float(points["quality"].max())
     span = float(dense.max() - dense.min()) or abs(float(dense.max())) or 1.0
     return max(best_one - 3 * span, float(points["quality"].min()) - 0.05 * span), best_one + 0.1 * span
@@ -95,22 +98,22 @@ def latency(timed: DataFrame, looks: Mapping[str, Look]) -> Drawn:
     return drawn
 
 
-def law_comparison(errors: Sequence[Mapping[str, Any]]) -> Drawn:
-    """Mean relative error of each law on what was left out, by what was left out. ``errors``: rows of law, left_out,
-    error."""
+def law_comparison(errors: Sequence[Mapping[str, Any]], measure: str) -> Drawn:
+    """The error of each law on what was left out, by what was left out. ``errors``: rows of law, left_out, error, all
+    of one ``measure``, which the axis names."""
     laws = list(dict.fromkeys(str(one["law"]) for one in errors))
     kinds = list(dict.fromkeys(str(one["left_out"]) for one in errors))
     drawn, axes = blank(COLUMN, 0.9 + 0.3 * len(laws))
     for at, kind in enumerate(kinds):
         own = [one for one in errors if one["left_out"] == kind]
-        tips = [Mark(f"{one['law']} without the highest {kind}: error {one['error']:.3g}") for one in own]
+        tips = [Mark(f"{one['law']} without the highest {kind}: {measure} {one['error']:.3g}") for one in own]
         axes.plot(
             [one["error"] for one in own], [laws.index(str(one["law"])) for one in own], linestyle="none",
             marker=MARKERS[at % len(MARKERS)], color=COLOURS[at % len(COLOURS)], label=kind, gid=drawn.add(kind, tips),
         )  # fmt: skip
-    axes.set_xscale("log")
+    cost_axis(axes, np.array([one["error"] for one in errors]))
     axes.set_yticks(range(len(laws)), laws)
     axes.set_ylim(-0.6, len(laws) - 0.4)
-    axes.set_xlabel("mean relative error on what was left out (lower is better)")
-    drawn.figure.legend(loc="outside lower center", ncols=min(3, len(kinds)), title="left out: the highest")
+    drawn.figure.supxlabel(f"{measure} (lower is better)", fontsize=8)  # the names of laws leave the axis little room
+    drawn.figure.legend(loc="outside upper center", ncols=min(3, len(kinds)), title="left out: the highest")
     return drawn

@@ -22,11 +22,13 @@ _RESAMPLES = 200
 
 
 def crossings(points: DataFrame, cost: str, groups: Mapping[tuple[str, str], Paired]) -> DataFrame:
-    """Of one task: model, larger, cost, low, high, share; one row a crossover of neighbouring sizes, or one without
-    a cost where they do not change places. ``share``: of the resamples that have one.
+    """Of one task: model, larger, cost, above, low, high, share; one row a crossover of neighbouring sizes, or one
+    without a cost where they do not change places. ``above``: which is the better above that cost; ``low``, ``high``:
+    its 95% interval, and ``share`` of the resamples that have one, of the first crossover in that direction.
 
-    At every cost the best of a size is taken over its methods' own curves, each with the dense model at its end;
-    nothing is interpolated between methods. ``points``: the levels of one task with ``cost``, quality, se, run_ids.
+    At every cost the best of a size for no more is taken over its methods' own curves, each with the dense model at its
+    end; nothing is interpolated between methods. ``points``: the levels of one task with ``cost``, quality, se and
+    run_ids.
     """
     from pandas import DataFrame
 
@@ -37,14 +39,14 @@ def crossings(points: DataFrame, cost: str, groups: Mapping[tuple[str, str], Pai
         lines = {name: _lines(pair, name, cost) for name in (small, large)}
         values = pair["quality"].to_numpy(float)
         found = frontiers.crossovers(_at(lines[small], values), _at(lines[large], values))
-        low, high, share = frontiers.crossover_interval(
-            [(_at(lines[small], one), _at(lines[large], one)) for one in draws]
-        )
-        rows += [
-            {"model": small, "larger": large, "cost": one, "low": low, "high": high, "share": share}
-            for one in found or [np.nan]
-        ]
-    return DataFrame(rows, columns=["model", "larger", "cost", "low", "high", "share"])
+        pairs = [(_at(lines[small], one), _at(lines[large], one)) for one in draws]
+        first = {larger: frontiers.crossover_interval(pairs, larger) for larger in (True, False)}
+        for place, larger in found or [frontiers.Crossover(np.nan, True)]:
+            row = {"model": small, "larger": large, "cost": place, "above": large if larger else small}
+            # the interval is that of the first crossover in a direction, and stands in its row only
+            rows.append({**row, **dict(zip(("low", "high", "share"), first.pop(larger, [np.nan] * 3), strict=True))})
+    frame = DataFrame(rows, columns=["model", "larger", "cost", "above", "low", "high", "share"])
+    return frame.assign(above=frame["above"].where(frame["cost"].notna(), ""))
 
 
 def sizes(points: DataFrame, cost: str) -> list[str]:

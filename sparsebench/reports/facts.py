@@ -85,6 +85,47 @@ def descriptions(sweep: SweepData) -> dict[str, str]:
     return found
 
 
+def who_is_ahead(best: DataFrame) -> list[str]:
+    """A sentence of ``levels.significantly_best``: which methods are significantly ahead, and how often. None where
+    nothing was compared."""
+    compared = best[best["second"].notna()]
+    if compared.empty:
+        return []
+    points = f"{len(compared)} comparisons, each of one model, task and sparsity,"
+    won = compared[compared["ahead"]].groupby("best", sort=False).size().sort_values(ascending=False, kind="stable")
+    if won.empty:
+        return [f"In none of {points} one method is clearly ahead of the second best."]
+    who = ", ".join(f"**{name}** in {count}" for name, count in won.items())
+    rest = len(compared) - int(won.sum())
+    return [
+        f"Of {points} clearly ahead of the second best (paired difference, p < .05): {who}"
+        + (f"; in {rest} no method is." if rest else ".")
+    ]
+
+
+def what_is_safe(safe: DataFrame) -> list[str]:
+    """A sentence of ``levels.safe``: the largest sparsity that is shown to be safe, somewhere and everywhere, with all
+    who share it. None where there are no levels."""
+    if safe.empty:
+        return []
+    tested = safe[safe["n"].notna()]
+    if tested.empty:
+        return [f"No sparsity is shown to be safe: {safe['says'].iloc[0]}."]
+    level = tested["non_inferior"].fillna(0.0).round(2)  # levels that print alike are ties
+    if not level.any():
+        few = f"n = {tested['n'].min():.0f}"
+        return [f"No sparsity is shown to be safe: at no level a loss of 0.02 or more is ruled out ({few})."]
+    top = tested[level == level.max()]
+    where = "{method} on {model}, {task}".format(**top.iloc[0]) + (f", and {len(top) - 1} more" if len(top) > 1 else "")
+    floor = level.groupby(tested["method"], sort=False).min()
+    names = ", ".join(floor.index[floor == floor.max()])
+    everywhere = f"on each of its models and tasks: {floor.max():.2f} with {names}"
+    return [
+        f"The largest sparsity at which a loss of 0.02 or more is ruled out: **{level.max():.2f}** with {where}; "
+        + (f"{everywhere}." if floor.max() > 0 else "no method has one on each of its models and tasks.")
+    ]
+
+
 def limitations(sweep: SweepData, counted: DataFrame) -> list[str]:
     """What the numbers cannot say, from facts about the runs. ``counted``: those that count."""
     said = []
@@ -173,9 +214,11 @@ def _too_few(points: DataFrame, least: Mapping[str, int], what: str) -> str:
 
 
 def blocks(layers: DataFrame, methods: Mapping[str, str]) -> DataFrame:
-    """Per-layer rows with their method label, block index and module name; layers outside blocks are left out."""
-    parts = layers["layer"].str.extract(r"\.(?P<block>\d+)\.(?:.*\.)?(?P<module>[^.]+)$")
-    found = layers.assign(method=layers["run_id"].map(methods), block=parts["block"], module=parts["module"])
+    """Per-layer rows with their method label, block index and module name: that behind the index (``q_proj`` of
+    ``model.layers.0.self_attn.q_proj``), else before it (``attention.0``). Layers outside blocks are left out."""
+    parts = layers["layer"].str.extract(r"(?P<before>[^.]+)\.(?P<block>\d+)(?:\.(?:.*\.)?(?P<behind>[^.]+))?$")
+    module = parts["behind"].fillna(parts["before"])
+    found = layers.assign(method=layers["run_id"].map(methods), block=parts["block"], module=module)
     found = found.dropna(subset=["block", "module", "achieved"])
     return found.assign(block=found["block"].astype(int))
 
@@ -197,6 +240,14 @@ def grid(runs: DataFrame) -> DataFrame:
             )
             rows.append({"key": key, "values": shown, "varies": len(values) > 1})
     return DataFrame(rows, columns=["key", "values", "varies"])
+
+
+def condition(one: Mapping[str, Any]) -> str:
+    """An exclusion of a sweep in words: ``task.protocol=windows with method=quest or snapkv``."""
+    return " with ".join(
+        f"{key}={' or '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
+        for key, value in one.items()
+    )
 
 
 def first(frame: DataFrame, names: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ CAP = 50.0  # how many times the lowest perplexity an axis shows
 _WIDE = 3.0  # a perplexity range beyond which its axis is logarithmic
 _NOT_SQUARE = "oD^vPX*"  # squares are dense models
 _TOP = (0.0, 0.5, 0.75, 0.9)  # sparsities that the upper axis names as compression
+_LEAST_SPAN = 0.2  # of achieved sparsity, that an axis shows
 _MODULES = (*COLOURS, "#444444", "#999933")
 VERDICT_COLOURS = {"reproduced": "#009E73", "not reproduced": "#D55E00", "inconclusive": "#E69F00", "untested": GREY}
 
@@ -58,7 +59,7 @@ def blank(width: float, height: float) -> tuple[Drawn, Axes]:
 
 def tradeoff(table: DataFrame, looks: Mapping[str, Look], knees: DataFrame, limits: tuple[float, float]) -> Drawn:
     """Score over achieved sparsity of one model and task, with 95% bars. Dense: dashed line with its band; naive
-    baselines grey; hollow: only flagged runs; a tick across the curve: its knee by tolerance.
+    baselines grey; hollow: only flagged runs; a ring: the curve's knee by tolerance.
 
     ``limits``: the y range, shared by the panels of one task.
     """
@@ -70,7 +71,7 @@ def tradeoff(table: DataFrame, looks: Mapping[str, Look], knees: DataFrame, limi
     for name in sparse:
         own = table[table["method"] == name].sort_values("achieved")
         _curve(drawn, axes, own, looks[name], limits)
-        _knee_tick(axes, own, knees[knees["method"] == name], looks[name])
+        _knee_ring(axes, own, knees[knees["method"] == name], looks[name])
     if metric == "perplexity" and limits[1] / max(limits[0], 1e-12) > _WIDE:
         axes.set_yscale("log")
         _plain_ticks(axes, limits)
@@ -89,12 +90,14 @@ def _legend_columns(names: Sequence[str]) -> int:
 
 def limits(table: DataFrame, naive: Sequence[str] = ()) -> tuple[float, float]:
     """The y range of all points with their bars, with a little room. Perplexities end at CAP times the lowest, and
-    naive baselines do not widen the range: beyond, a model is broken whatever the number."""
-    kept = table[~table["method"].isin(naive)]
+    naive baselines do not widen their range: beyond, a model is broken whatever the number."""
+    unbounded = bool((table["metric"] == "perplexity").all())
+    kept = table[~table["method"].isin(naive)] if unbounded else table
     table = kept if len(kept) else table
-    low = float(np.nanmin(np.fmin(table["ci_low"], table["score"])))
-    high = float(np.nanmax(np.fmax(table["ci_high"], table["score"])))
-    if (table["metric"] == "perplexity").all() and low > 0 and high / low > _WIDE:
+    ends = table[["ci_low", "score", "ci_high"]].to_numpy(float)
+    ends = ends[np.isfinite(ends)]  # an interval may be unknown, or have no end
+    low, high = float(ends.min()), float(ends.max())
+    if unbounded and low > 0 and high / low > _WIDE:
         high = min(high, CAP * low)
         room = (high / low) ** 0.05
         return low / room, high * room
@@ -149,10 +152,13 @@ def _marks(rows: DataFrame) -> list[Mark]:
     return found
 
 
-def _knee_tick(axes: Axes, own: DataFrame, knee: DataFrame, look: Look) -> None:
+def _knee_ring(axes: Axes, own: DataFrame, knee: DataFrame, look: Look) -> None:
     at = knee["tolerance"].to_numpy(float)[:1]
     here = own[np.isclose(own["achieved"], at[0])] if len(at) and np.isfinite(at[0]) else own[:0]
-    axes.plot(here["achieved"], here["score"], marker="|", markersize=11, markeredgewidth=1.1, color=look.colour)
+    axes.plot(
+        here["achieved"], here["score"], marker="o", markersize=9, markerfacecolor="none", markeredgewidth=0.7,
+        color=look.colour,
+    )  # fmt: skip
 
 
 def _compression(axes: Axes) -> None:
@@ -233,15 +239,15 @@ def _front_points(drawn: Drawn, axes: Axes, own: DataFrame, cost: str, name: str
             label = None
 
 
-def cost_axis(axes: Axes, values: DataFrame) -> None:
-    """Plain numbers along the axis, which is logarithmic where costs differ enough to need it."""
+def cost_axis(axes: Axes, values: Any) -> None:
+    """Plain numbers along the axis, which is logarithmic where the positive ``values`` differ enough to need it."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     low, high = float(values.min()), float(values.max())
     if high / low > _WIDE:
         axes.set_xscale("log")
         steps = (1, 2, 5) if high / low < 300 else (1,)
-        axes.set_xticks([k * 10.0**e for e in range(-3, 16) for k in steps if low * 0.9 <= k * 10.0**e <= high * 1.1])
+        axes.set_xticks([k * 10.0**e for e in range(-6, 16) for k in steps if low * 0.9 <= k * 10.0**e <= high * 1.1])
         axes.minorticks_off()
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -261,12 +267,14 @@ def heat(shares: DataFrame, title: str) -> Drawn:
     import matplotlib
 
     width = FULL if len(shares.columns) > 5 else COLUMN
-    drawn, axes = blank(width, 0.75 + 0.24 * len(shares))
+    labels = [str(name).replace(" ", "\n", 1) for name in shares.columns]  # the setting below the task
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    drawn, axes = blank(width, 0.45 + 0.24 * len(shares) + 0.065 * longest)
     values = shares.to_numpy(float)
     span = max(0.1, float(np.nanmax(np.abs(values - 1)))) if np.isfinite(values).any() else 1.0
     colours = matplotlib.colormaps[DIVERGING].with_extremes(bad="#bbbbbb")
     axes.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=1 - span, vmax=1 + span, aspect="auto")
-    axes.set_xticks(range(len(shares.columns)), list(shares.columns), rotation=30, ha="right")
+    axes.set_xticks(range(len(shares.columns)), labels, rotation=90)
     axes.set_yticks(range(len(shares)), list(shares.index))
     axes.grid(visible=False)
     axes.tick_params(length=0)
@@ -276,7 +284,7 @@ def heat(shares: DataFrame, title: str) -> Drawn:
             axes.text(
                 column, row, f"{value:.2f}", ha="center", va="center", color="white" if dark else BLACK, fontsize=7
             )
-    axes.set_title(title, loc="left")
+    drawn.figure.suptitle(title, fontsize=8)
     return drawn
 
 
@@ -312,6 +320,9 @@ def layer_profile(layers: DataFrame, looks: Mapping[str, Look], requested: float
         axes.axhline(requested, color=BLACK, linewidth=0.7, dashes=(3, 2))
         axes.set_title(name, loc="left")
         axes.xaxis.get_major_locator().set_params(integer=True)
+    middle, span = sum(grid[0, 0].get_ylim()) / 2, np.ptp(grid[0, 0].get_ylim())
+    if span < _LEAST_SPAN:  # so that small differences look small
+        grid[0, 0].set_ylim(middle - _LEAST_SPAN / 2, middle + _LEAST_SPAN / 2)
     for axes in grid.flat[len(methods) :]:
         axes.axis("off")
     for axes in (grid[-1, at] if at < len(methods) - across * (down - 1) else grid[-2, at] for at in range(across)):
@@ -325,12 +336,13 @@ def layer_profile(layers: DataFrame, looks: Mapping[str, Look], requested: float
 def verdicts(table: DataFrame) -> Drawn:
     """Each tested claim's effect with its 95% interval, in standard errors of it, coloured by verdict. Right of zero:
     in the claimed direction. Far effects are drawn at the edge, their numbers stand beside."""
-    shown = table[table["estimate"].notna() & table["low"].notna()].iloc[::-1].reset_index(drop=True)
+    known = np.isfinite(table[["estimate", "low", "high"]].to_numpy(float)).all(axis=1)
+    shown = table[known].iloc[::-1].reset_index(drop=True)
     edge = 12.0
     drawn, axes = blank(FULL, 0.75 + 0.22 * len(shown))
     se = ((shown["high"] - shown["low"]) / (2 * 1.96)).replace(0, np.nan)
     for at, row in shown.iterrows():
-        unit = se[at] if np.isfinite(se[at]) else (abs(row["estimate"]) or 1.0) / 4
+        unit = se[at] if np.isfinite(se[at]) else 1e-300  # without a spread any effect is infinitely many of them
         low, middle, high = (
             float(np.clip(one / unit, -edge, edge)) for one in (row["low"], row["estimate"], row["high"])
         )

@@ -92,6 +92,20 @@ def _slices(result: Result) -> list[dict[str, Any]]:
     return [row for left, tasks in _held(result) for row in heldout.by_category(left, tasks)]
 
 
+def not_held(results: list[Result]) -> list[str]:
+    """A sentence for every axis that could not be held out, and why; with the names of the fits where it is not so of
+    all of them."""
+    found: dict[str, list[str]] = {}
+    for one in results:
+        for left in one.left_out:
+            if left.error is None:
+                said = f"{AXES[left.column].capitalize()} is not held out, because {left.reason}"
+                found.setdefault(said, []).append(one.name)
+    return [
+        f"{said}." if len(names) == len(results) else f"{said} ({', '.join(names)})." for said, names in found.items()
+    ]
+
+
 def table(results: list[Result]) -> DataFrame:
     """The held-out slices of all fits: fit, left_out, lowest, task, n, r2, spearman, mae."""
     from pandas import DataFrame

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsebench.analysis import curves, frontiers
-from sparsebench.analysis.outcomes import Outcomes, Untested, column_of, layout, outcomes
+from sparsebench.analysis.outcomes import Outcomes, Untested, are_shares, column_of, layout, outcomes
 from sparsebench.analysis.statistics import ALPHA, Array, Effect, Estimate, Population, jackknife, mean
 from sparsebench.reports.data import DENSE, LEVEL, SweepData
 
@@ -32,10 +32,12 @@ _CLEAR = 6.0  # standard errors from which a point is clearly dominated
 @dataclass(frozen=True)
 class Paired:
     """The outcomes of one model on one task, all on the same samples. ``values``: run id -> (samples,) quality;
-    ``population``: None when there are no usable samples, and ``why``."""
+    ``population``: None when there are no usable samples, and ``why``; ``bounds``: between which all qualities of the
+    task are, None when there are none."""
 
     values: Mapping[str, Array] = field(default_factory=dict)
     population: Population | None = None
+    bounds: tuple[float, float] | None = None
     why: str = ""
 
     def matrix(self, run_ids: Sequence[str]) -> Array | None:
@@ -44,11 +46,19 @@ class Paired:
             return None
         return np.stack([self.values[run_id] for run_id in run_ids])
 
+    def within(self, found: Estimate) -> tuple[float, float]:
+        """The 95% interval of a mean, within the bounds of the task. Not numbers where it is not known: without any
+        spread among few samples."""
+        low, high = found.interval()
+        if not math.isfinite(high - low):
+            return math.nan, math.nan
+        return (max(low, self.bounds[0]), min(high, self.bounds[1])) if self.bounds else (low, high)
+
     def estimate(self, values: Array) -> Estimate:
         """The mean of (seeds, samples) with its two-way jackknife error."""
         population = self.population or Population.plain(values.shape[1])
         effect: Effect = lambda weights: mean(values, population, weights.seeds, weights.items[0])  # noqa: E731
-        return jackknife(effect, len(values), [population])
+        return jackknife(effect, len(values), [population], bounded=self.bounds is not None)
 
 
 def paired(sweep: SweepData) -> dict[tuple[str, str], Paired]:
@@ -67,10 +77,12 @@ def _paired(sweep: SweepData, rows: Sequence[Mapping[str, Any]]) -> Paired:
         found: dict[str, Outcomes] = {}
         scores: dict[str, float | None] = {}
         signs: dict[str, int] = {}
+        shares = True
         for row in rows:
             column, scores[row["run_id"]] = column_of("score", row)
             found[row["run_id"]] = outcomes(sweep.samples[row["run_id"]], column)
             signs[row["run_id"]] = -1 if row["better"] == "lower" else 1
+            shares = shares and are_shares(column, found[row["run_id"]].values)
         first = next(iter(found.values()))
         if any(set(one.ids) != set(first.ids) for one in found.values()):
             raise Untested("the runs were not evaluated on the same samples")
@@ -78,7 +90,9 @@ def _paired(sweep: SweepData, rows: Sequence[Mapping[str, Any]]) -> Paired:
         population = layout(first, [(run_id, aligned[run_id], scores[run_id]) for run_id in aligned])
     except Untested as reason:
         return Paired(why=str(reason))
-    return Paired({run_id: signs[run_id] * values for run_id, values in aligned.items()}, population)
+    ends = (0.0, 1.0) if 1 in signs.values() else (-1.0, 0.0)
+    qualities = {run_id: signs[run_id] * values for run_id, values in aligned.items()}
+    return Paired(qualities, population, ends if shares else None)
 
 
 def _aligned(own: Outcomes, first: Outcomes) -> Array:
@@ -90,11 +104,11 @@ def _aligned(own: Outcomes, first: Outcomes) -> Array:
 
 def errors(used: DataFrame, groups: Mapping[tuple[str, str], Paired]) -> DataFrame:
     """The error of each level's mean quality, a row a level in the order of ``used.groupby(LEVEL, sort=False)``:
-    se, half (of the 95% t interval) and interval (how it was made).
+    se, low and high (of the 95% interval) and interval (how it was made; ``unknown``: there is none).
 
     ``used``: the runs of every level. By the two-way jackknife over seeds and samples where there are per-sample
     outcomes. Otherwise from the records' own standard errors: their mean square, as all seeds see the same samples,
-    plus the variance between seeds over their number; the interval is then +-1.96 se.
+    plus the variance between seeds over their number; the interval is then +-1.96 se. An error of 0 tells nothing.
     """
     from pandas import DataFrame
 
@@ -105,14 +119,21 @@ def errors(used: DataFrame, groups: Mapping[tuple[str, str], Paired]) -> DataFra
         values = own.matrix(level["run_id"].tolist())
         if values is not None:
             found = own.estimate(values)
-            low, high = found.interval()
-            rows.append((found.se, (high - low) / 2, "jackknife t"))
+            low, high = own.within(found)
+            rows.append((found.se, low, high, _named_interval(found, high)))
             continue
         seeds, quality, error = len(level), level["quality"].to_numpy(float), level["quality_se"].to_numpy(float)
         between = float(quality.var(ddof=1)) / seeds if seeds > 1 else 0.0
         se = math.sqrt(float(np.mean(error**2)) + between)
-        rows.append((se, 1.96 * se, "normal" if math.isfinite(se) else "none"))
-    return DataFrame(rows, columns=["se", "half", "interval"])
+        half, middle = 1.96 * se if se else math.nan, float(quality.mean())
+        rows.append((se, middle - half, middle + half, "normal" if math.isfinite(half) else "unknown"))
+    return DataFrame(rows, columns=["se", "low", "high", "interval"])
+
+
+def _named_interval(found: Estimate, high: float) -> str:
+    if not math.isfinite(high):
+        return "unknown"
+    return "jackknife t" if found.se > 0 else "rule of three" if found.bounded else "exact"
 
 
 def matched(points: DataFrame, groups: Mapping[tuple[str, str], Paired]) -> DataFrame:
@@ -285,7 +306,7 @@ def retention(table: DataFrame) -> DataFrame:
         dense, own = here[here["method"] == DENSE], here[here["method"] != DENSE]
         kept = {str(name): one.sort_values("achieved") for name, one in own.groupby("method", sort=False)}
         kept = {name: one for name, one in kept.items() if len(one) > 1}
-        if dense.empty or not kept:
+        if dense.empty or not kept or float(dense["score"].iloc[0]) == 0:  # of nothing there is no share
             continue
         try:
             interval = frontiers.common_interval([one["achieved"] for one in kept.values()])

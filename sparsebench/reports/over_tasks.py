@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsebench.analysis import curves
-from sparsebench.reports.data import DENSE
+from sparsebench.reports.data import DENSE, is_logged
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -29,8 +29,9 @@ def setting_of(label: str) -> str:
 
 
 def pooled(points: DataFrame, costs: Sequence[str]) -> DataFrame:
-    """``points`` with a row for each setting in place of its tasks: the means of achieved, quality, score and costs, se
-    of the mean of independent tasks, n samples in all, ``tasks`` how many, ``task`` the setting.
+    """``points`` with a row for each setting in place of its tasks: the means of achieved, quality and costs, se of the
+    mean of independent tasks, n samples in all, ``tasks`` how many, ``task`` the setting. A perplexity's score is that
+    of the mean quality, others' the mean score; the interval is not known where that of a task without a spread is not.
 
     Only points that count and are there for every task of their setting and model. Empty when no setting has two tasks,
     or tasks differ in their metric.
@@ -45,13 +46,20 @@ def pooled(points: DataFrame, costs: Sequence[str]) -> DataFrame:
             continue
         first = own.iloc[0]
         means = {name: float(own[name].mean()) for name in ("achieved", "quality", "score", *costs)}
-        se = float(np.sqrt((own["se"].to_numpy(float) ** 2).sum()) / len(own))
-        half = 1.96 * se
+        errors = own["se"].to_numpy(float)
+        se = float(np.sqrt((errors**2).sum()) / len(own))
+        widths = np.where(
+            errors > 0, 1.96 * errors, own["ci_high"] - own["ci_low"]
+        )  # of no spread: the rule of three's
+        half = float(np.sqrt((widths**2).sum()) / len(own))
+        low, high = means["score"] - half, means["score"] + half
+        if is_logged(str(first["metric"])):
+            means["score"], low, high = (float(np.exp(-means["quality"] + one)) for one in (0.0, -half, half))
         same = {name: first[name] for name in ("model", "method", "requested", "pattern", "base", "metric", "better")}
         rows.append(
             {
                 **same, **means, "task": key[0], "se": se, "tasks": len(own), "n": int(own["n"].sum()),
-                "ci_low": means["score"] - half, "ci_high": means["score"] + half, "interval": "normal",
+                "ci_low": low, "ci_high": high, "interval": "normal" if np.isfinite(half) else "unknown",
                 "seeds": int(first["seeds"]), "hollow": False, "flags": "",
                 "run_ids": [one for ids in own["run_ids"] for one in ids],
             }

@@ -61,11 +61,25 @@ def details(heading: str, text: str) -> None:
 
 
 def measured(value: float, error: float, mark: str = "") -> str:
-    """``mark`` and ``20.5 ± 0.84``; a value from ten thousand on without decimals."""
+    """``mark`` and ``20.5 ± 0.84``; a value from ten thousand on without decimals. An error that is 0 or not known is
+    not printed: outcomes that are all the same do not say that there is none."""
     spread = (
         f" ± {_number(error, '') if error >= 1e4 else format(error, '.2g') if error < 100 else format(error, '.0f')}"
     )
-    return f"{mark}{_number(value, '')}{spread if error == error else ''}"
+    return f"{mark}{_number(value, '')}{spread if error > 0 else ''}"
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    """``0.5 [0.4, 0.6]``, or that the interval is not known."""
+    known = math.isfinite(low) and math.isfinite(high)
+    return f"{value:.4g} [{low:.4g}, {high:.4g}]" if known else f"{value:.4g} (interval unknown)"
+
+
+def duration(seconds: float) -> str:
+    """``95 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 300:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def file_name(*parts: str) -> str:
@@ -150,14 +164,15 @@ def laws(results: Sequence[Result], source: str) -> None:
     for result in results:
         Path("fits").mkdir(exist_ok=True)
         Path("figures").mkdir(exist_ok=True)
-        file = f"fits/{result.name}.csv"
+        drawing = file_name("law", result.name)
+        file = f"fits/{file_name(result.name)}.csv"
         csv(DataFrame(result.bootstrap.matrix, columns=list(result.bootstrap.names)), file)
         saved.append({**result.to_json(), "filter": None, "resample_matrix": file})
-        draw([result], *(Path(f"figures/law-{result.name}{suffix}") for suffix in SUFFIXES))
-        drawn = Path(f"figures/law-{result.name}.svg").read_text(encoding="utf-8")
+        draw([result], *(Path(f"figures/{drawing}{suffix}") for suffix in SUFFIXES))
+        drawn = Path(f"figures/{drawing}.svg").read_text(encoding="utf-8")
         alt = f"Fit of {result.fit.law.formula} with its residuals"
-        facts = {"kind": "figure", "name": f"law-{result.name}", "caption": f"{result.name}, {source}.", "alt": alt}
-        _display({"image/svg+xml": annotated(drawn, f"law-{result.name}", {}, alt), "text/plain": alt}, facts)
+        facts = {"kind": "figure", "name": drawing, "caption": f"{result.name}, {source}.", "alt": alt}
+        _display({"image/svg+xml": annotated(drawn, drawing, {}, alt), "text/plain": alt}, facts)
     if len(results) > 1:
         _compared(results, source)
     if results:
@@ -166,23 +181,26 @@ def laws(results: Sequence[Result], source: str) -> None:
 
 
 def _compared(results: Sequence[Result], source: str) -> None:
-    """The laws side by side by what they predict of what was left out."""
+    """The laws side by side by what they predict of what was left out; relative and absolute errors share no axis."""
     from pandas import DataFrame
 
     from sparsebench.reports.cost_figures import law_comparison
     from sparsebench.reports.style import drawing
 
     rows = [
-        {"law": one.name, "left_out": left.column, "rows": left.n, "error": left.error}
+        {"law": one.name, "left_out": left.column, "rows": left.n, "error": left.error, "measure": one.measure}
         for one in results
         for left in one.left_out
         if left.error is not None
     ]
     if not rows:
         return
-    with drawing("law_comparison"):
-        figure(law_comparison(rows), "law_comparison", f"Extrapolation errors of the laws, {source}.",
-               "Error of each law on the rows that were left out")  # fmt: skip
+    for at, measure in enumerate(dict.fromkeys(str(row["measure"]) for row in rows)):
+        name = f"law_comparison-{at}" if at else "law_comparison"
+        with drawing(name):
+            own = [row for row in rows if row["measure"] == measure]
+            figure(law_comparison(own, measure), name, f"Extrapolation errors of the laws ({measure}), {source}.",
+                   f"{measure.capitalize()} of each law on the rows that were left out")  # fmt: skip
     table(DataFrame(rows), "law_comparison", f"Errors of each law on what it was not fitted to, {source}.")
 
 

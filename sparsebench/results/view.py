@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sparsebench.errors import UserError, closest
-from sparsebench.results.record import COLUMNS, SCORES, column_order
+from sparsebench.results.record import COLUMNS, SCORES, STATUSES, column_order
 
 FORMATS = ("table", "csv", "json", "parquet")
 _IDS = ("run_id", "sparse_model_id")
 _UNLIMITED = 10_000  # columns
 _SHORT = 8  # characters of an id on the terminal
 _TOLERANCE = 1e-9  # of a number in a filter
+_CLOSED: dict[str, tuple[Any, ...]] = {"status": STATUSES, "flagged": (True, False)}
 
 Record = Mapping[str, Any]
 
@@ -44,8 +45,10 @@ def select(records: Sequence[dict[str, Any]], filters: Mapping[str, str]) -> lis
     """The records that meet every filter, column -> value or values joined by commas (any of them).
 
     Numbers compare within 1e-9, ids by their beginning, an empty cell is ``none``; all else must be equal:
-    ``wanda`` is not ``wanda+mustafar``. UserError for a column that neither COLUMNS nor any record has.
+    ``wanda`` is not ``wanda+mustafar``. UserError for a column that neither COLUMNS nor any record has, and as
+    ``check_values``.
     """
+    check_values(filters)
     check_columns(records, filters)
     wanted = {column: [one.strip() for one in str(values).split(",")] for column, values in filters.items()}
     return [
@@ -53,6 +56,15 @@ def select(records: Sequence[dict[str, Any]], filters: Mapping[str, str]) -> lis
         for record in records
         if all(any(_matches(column, record.get(column), one) for one in ones) for column, ones in wanted.items())
     ]
+
+
+def check_values(filters: Mapping[str, str]) -> None:
+    """UserError for a value that a column of few known values never has: it would find nothing, whatever was run."""
+    for column, known in _CLOSED.items():
+        for one in map(str.strip, str(filters[column]).split(",")) if column in filters else ():
+            if not any(_matches(column, value, one) for value in (*known, None)):
+                valid = ", ".join(str(value).lower() for value in known)
+                raise UserError(f"{column}={one}: no such value; valid: {valid}, none")
 
 
 def check_columns(records: Iterable[Record], filters: Mapping[str, str]) -> None:

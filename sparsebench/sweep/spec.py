@@ -29,7 +29,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sparsebench.analysis.claims import Claim, load_claims
+from sparsebench.analysis.claim_list import load_claims
+from sparsebench.analysis.claims import Claim
 from sparsebench.config import RUN_OPTIONS, Workspace, parse_values
 from sparsebench.errors import Mistakes, UserError, closest
 from sparsebench.paths import data_folder

@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsebench.analysis.claims import Claim, check_selects, load_claims
+from sparsebench.analysis.claim_list import load_claims
+from sparsebench.analysis.claims import Claim, check_selects
 from sparsebench.analysis.expressions import Call, parse
 from sparsebench.errors import UserError
 

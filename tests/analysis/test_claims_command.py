@@ -123,6 +123,16 @@ def test_part_of_the_grid_is_said(tmp_path: Path, workspace: Workspace) -> None:
     assert found["scope"] == "this model, this calibration, without sparsity=0.375, 0.625"
 
 
+def test_what_a_sweep_never_joins_is_not_missing(workspace: Workspace) -> None:
+    """A claim over all methods of one protocol is whole without the methods that the sweep gives the other one."""
+    sweep = spec.load(workspace, "sparse_frontier")
+    (one,) = [claim for claim in sweep.claims if claim.id == "sparse_frontier.some_task_breaks"]
+    assert "method" in one.for_each and one.select["task.protocol"] == "windows", "whatever the method"
+    words = ["model=tiny_100k,tiny_400k", "method=vertical_slash,quest", "task.length=1024"]
+    plan = plans.make(workspace, spec.load(workspace, sweep.name, words))
+    assert ledger._left_out(sweep, one, plan) == "model=tiny_1m, tiny_4m and method=block_sparse, flexprefill"
+
+
 def test_another_grid_leaves_a_claim_without_its_runs(tmp_path: Path, workspace: Workspace) -> None:
     store = Store(tmp_path / "store")
     planned(workspace, store.folder, "model=tiny_100k")

@@ -145,6 +145,14 @@ def test_non_inferior_of_real_outcomes_is_the_paired_test() -> None:
     assert seeds.level == 0.3
 
 
+def test_equal_shares_of_few_samples_rule_out_no_loss() -> None:
+    """As for right and wrong: 32 answers that did not change say little of those that were not asked."""
+    for dense in (np.ones(32), np.full(32, 0.75)):
+        assert curves.non_inferior(dense, [(0.5, dense)]).level is None
+    dense = np.full(1000, 0.75)
+    assert curves.non_inferior(dense, [(0.5, dense)]).level == 0.5
+
+
 def test_the_size_of_the_non_inferiority_test() -> None:
     """True loss equal to the margin .05, n = 100: about 5% pass."""
     random, passed = np.random.default_rng(0), 0
@@ -211,15 +219,37 @@ def test_shared_samples_keep_their_pairing() -> None:
 
 def test_sizes_change_places_where_their_lines_cross() -> None:
     small, large = ([1, 10, 100], [0.2, 0.5, 0.6]), ([5, 50, 500], [0.1, 0.5, 0.9])
-    (at,) = frontiers.crossovers([small], [large])
+    ((at, larger),) = frontiers.crossovers([small], [large])
     gap = frontiers.best_at([large], [at]) - frontiers.best_at([small], [at])
-    assert gap == pytest.approx(0, abs=1e-9) and 50 < at < 100
-    assert np.isnan(frontiers.best_at([small], [0.5, 200])).all()
+    assert gap == pytest.approx(0, abs=1e-9) and 50 < at < 100 and larger
+    assert np.isnan(frontiers.best_at([small], 0.5)) and frontiers.best_at([small], 200) == 0.6
     assert frontiers.crossovers([([1, 2], [0, 1])], [([3, 4], [0, 1])]) == []
     noise = np.random.default_rng(0).normal(0, 0.01, (100, 3))
     draws = [([(small[0], small[1] + one)], [(large[0], large[1] - one)]) for one in noise]
     low, high, share = frontiers.crossover_interval(draws)
     assert low < at < high and share >= 0.9
+    assert frontiers.crossover_interval(draws, larger=False)[2] == 0, "nowhere the smaller one takes over"
+
+
+def test_sizes_do_not_change_places_where_a_curve_ends() -> None:
+    """The large size's cheap method stops at a cost of 6, where its other one is still worse than the small size: it is
+    still to be had for more."""
+    small = [([1, 20], [0.5, 0.55])]
+    cheap, dear = ([2, 6], [0.60, 0.70]), ([5, 30], [0.40, 0.90])
+    assert [one.larger for one in frontiers.crossovers(small, [cheap])] == []
+    assert frontiers.crossovers(small, [cheap, dear]) == []
+    assert frontiers.best_at([cheap, dear], [1, 6, 8, 30]) == pytest.approx([np.nan, 0.70, 0.70, 0.90], nan_ok=True)
+    falls = ([1, 3, 10], [0.6, 0.8, 0.7])  # a dense model that is worse than its sparse one
+    assert frontiers.best_at([falls], [2, 3, 5, 10, 20]) == pytest.approx([0.7262, 0.8, 0.8, 0.8, 0.8], abs=1e-4)
+
+
+@given(costs=st.lists(st.floats(1, 1e6), min_size=1, max_size=6, unique=True), data=st.data())
+def test_the_best_for_no_more_never_falls(costs: list[float], data: st.DataObject) -> None:
+    qualities = data.draw(st.lists(st.floats(0, 1), min_size=len(costs), max_size=len(costs)))
+    found = frontiers.best_at([(costs, qualities)], np.geomspace(1, 1e6, 50))
+    known = found[np.isfinite(found)]
+    assert (np.diff(known) >= 0).all() and (known <= max(qualities)).all()
+    assert frontiers.best_at([(costs, qualities)], max(costs)) == max(qualities)
 
 
 def test_retention_area_of_the_example() -> None:

@@ -354,3 +354,14 @@ def test_any_positive_data_give_a_fit_or_a_clear_refusal(values: list[float], se
     result = analyse(points, POWER, Settings(bootstrap=0, keep=1, drop_highest=0))
     json.dumps(result.to_json(), allow_nan=False)
     assert checks.condition(result.fit) > 0
+
+
+def test_one_value_that_is_left_determines_nothing() -> None:
+    """Two sizes: without the larger one nothing is known of size, though the other variable would fit."""
+    points = grid(0.003)
+    two = points[points["N"].isin(sorted(points["N"].unique())[:2])].reset_index(drop=True)
+    found = {one.column: one for one in analyse(two, CHINCHILLA, Settings(bootstrap=0, keep=1)).left_out}
+    assert found["N"].error is None and not found["N"].observed
+    smallest = points["N"].min()
+    assert found["N"].reason == f"only N = {smallest:.6g} is left, which does not determine what N does"
+    assert found["D"].error is not None and not found["D"].reason

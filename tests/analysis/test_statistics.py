@@ -148,6 +148,14 @@ def test_the_rule_of_three() -> None:
     assert found.mde == EXACT(0.03)
 
 
+def test_shares_without_a_spread_are_as_little_sure_as_right_and_wrong() -> None:
+    """Every answer was three quarters right; one more might be wrong."""
+    shares = numpy.full((1, 100), 0.75)
+    found = difference(shares, shares)
+    assert found.bounded and found.interval() == EXACT((-0.03, 0.03))
+    assert not difference(shares + 1, shares + 1).bounded
+
+
 def test_the_minimum_detectable_effect() -> None:
     found = difference(correct_a(), correct_b())
     assert found.mde == EXACT((2.0615932 + 0.84) * found.se, rel=1e-5)  # t of 24.519 degrees of freedom

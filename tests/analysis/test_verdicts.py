@@ -11,7 +11,8 @@ import numpy
 import pytest
 from claim_examples import correct_a, correct_b, correct_sparse, equivalent, nll_of_magnitude, nll_of_wanda
 
-from sparsebench.analysis.claims import Claim, load_claims
+from sparsebench.analysis.claim_list import load_claims
+from sparsebench.analysis.claims import Claim
 from sparsebench.analysis.expressions import parse
 from sparsebench.analysis.leaves import evaluated
 from sparsebench.analysis.measures import Evidence
@@ -83,6 +84,18 @@ def accurate() -> Lab:
     lab.add("sparse", correct_sparse(), "tinyworld")
     lab.add("dense", correct_a()[0], "tinyworld")
     return lab
+
+
+def test_scores_that_never_differ_are_not_known_to_be_equal() -> None:
+    """Shares of right answers are bounded as right and wrong are; an NLL below 1 is not, and equal is equal there."""
+    lab = Lab()
+    for name in ("a", "b"):
+        lab.add(name, numpy.full(40, 0.75), "tinyworld")
+        lab.add(name, numpy.full(40, 0.75))
+    found = lab.verdict(claim("acc(method=a)", ">=", "acc(method=b)", select={"task": "tinyworld"}))
+    assert (found.verdict, found.low, found.high) == (INCONCLUSIVE, -3 / 40, 3 / 40)
+    found = lab.verdict(claim("nll(method=a)", ">=", "nll(method=b)", select={"task": "perplexity"}))
+    assert (found.verdict, found.low, found.high) == (REPRODUCED, 0, 0)
 
 
 BEATS = claim("nll(method=magnitude)", ">", "nll(method=wanda)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from html import escape
 
 import matplotlib
@@ -54,7 +55,7 @@ def test_best_of_a_size_is_over_its_methods_own_curves() -> None:
     at, quality = crossings.best(both, "small", "cost")
     assert at[0] == 1
     assert quality[0] == pytest.approx(0.9), "the better method counts"
-    assert quality[-1] == pytest.approx(points.loc[points["method"] == "dense", "quality"].iloc[0])
+    assert quality[-1] == pytest.approx(0.9), "and is still to be had for more"
 
 
 def timed_runs() -> pandas.DataFrame:
@@ -117,10 +118,45 @@ def test_figures_of_costs_name_every_point() -> None:
     )
     said = tips(cost_figures.latency(crossings.speed(timed_runs()), style.looks(["pruner"], [])))
     assert said[-1] == "pruner at 0.750: 5 ms, dense 10 ms, 2.83x (bound 4.00x)"
-    errors = [
-        {"law": law, "left_out": left, "error": error}
-        for law, left, error in (("chinchilla", "N", 0.01), ("power", "N", 0.2), ("power", "D", 0.1))
-    ]
-    drawn = cost_figures.law_comparison(errors)
-    assert [tick.get_text() for tick in drawn.figure.axes[0].get_yticklabels()] == ["chinchilla", "power"]
-    assert "power without the highest D: error 0.1" in tips(drawn)
+
+
+@pytest.mark.parametrize(("largest", "measure"), [(0.2, "mean relative error"), (0.012, "mean absolute error")])
+def test_laws_side_by_side_say_what_their_error_is(largest: float, measure: str) -> None:
+    """The axis names the measure, and all of its words and numbers are inside the figure and apart, over a wide range
+    and over a narrow one."""
+    found = (("frontier prefill binomial", "N", 0.01), ("frontier prefill ols", "N", largest), ("power", "D", 0.011))
+    errors = [{"law": law, "left_out": left, "error": error} for law, left, error in found]
+    with style.drawing("laws"):
+        drawn = cost_figures.law_comparison(errors, measure)
+        assert f"power without the highest D: {measure} 0.011" in tips(drawn)
+        axes = drawn.figure.axes[0]
+        assert [tick.get_text() for tick in axes.get_yticklabels()] == [law for law, _, _ in found]
+        drawn.figure.canvas.draw()
+        words = [one for one in drawn.figure.texts if one.get_text() == f"{measure} (lower is better)"]
+        boxes = [one.get_window_extent() for one in (*words, *drawn.figure.legends)]
+        low, high = axes.get_xlim()
+        shown = [one for one in axes.get_xticklabels() if low <= one.get_position()[0] <= high and one.get_text()]
+        boxes += [one.get_window_extent() for one in shown]
+    assert len(words) == 1 and len(shown) >= 2
+    width, height = drawn.figure.bbox.size
+    assert all(one.x0 >= 0 and one.x1 <= width and one.y0 >= 0 and one.y1 <= height for one in boxes)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_every_change_of_places_says_which_size_is_better_above() -> None:
+    """Three sizes. The middle one takes over from the small at 6; the large one is the better at once, until the middle
+    one passes it at a cost of 13."""
+    points = two_sizes().replace({"model": {"large": "middle"}})
+    third = [(8.0, 0.60, "pruner"), (19.0, 0.60, "pruner"), (100.0, 0.62, "dense")]
+    rows = [
+        {"model": "large", "method": method, "cost": cost, "quality": quality, "score": quality, "se": 1e-4,
+         "task": "t", "metric": "accuracy", "run_ids": [f"l{cost}"], "achieved": 0.5, "requested": 0.5}
+        for cost, quality, method in third
+    ]  # fmt: skip
+    found = crossings.crossings(pandas.concat([points, pandas.DataFrame(rows)], ignore_index=True), "cost", {})
+    assert found[["model", "larger", "above"]].to_numpy().tolist() == [
+        ["small", "middle", "middle"], ["middle", "large", "middle"]
+    ]  # fmt: skip
+    assert found["cost"].tolist() == pytest.approx([6, 6 * 10 ** (1 / 3)], rel=1e-3)
+    assert (found["low"] < found["cost"]).all() and (found["cost"] < found["high"]).all()
+    assert found["share"].tolist() == [1, 1]

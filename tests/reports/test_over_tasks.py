@@ -57,6 +57,22 @@ def test_the_mean_over_tasks_stands_for_what_every_task_has() -> None:
     both = [accuracy(task, "small", 512, 0.5) for task in DELTA]
     assert row["quality"] == pytest.approx(np.mean(both)) and row["se"] == pytest.approx(0.03 / np.sqrt(2))
     assert (row["tasks"], row["n"], len(row["run_ids"])) == (2, 100, 2)
+    assert (row["ci_high"] - row["ci_low"]) / 2 == pytest.approx(1.96 * row["se"])
+    sure = table["task"].str.startswith("needle")
+    flat = table.assign(
+        se=np.where(sure, 0, table["se"]), ci_low=np.where(sure, table["score"] - 0.06, table["ci_low"])
+    )
+    flat = flat.assign(ci_high=np.where(sure, table["score"], table["ci_high"]))
+    width = over_tasks.pooled(flat, []).eval("ci_high - ci_low").iloc[0]
+    assert width == pytest.approx(np.hypot(1.96 * 0.03, 0.06)), "no spread is not no doubt"
+    few = over_tasks.pooled(flat.assign(ci_low=flat["ci_low"].mask(sure)), [])
+    assert set(few["interval"]) == {"unknown"} and few["ci_low"].isna().all()
+    logged = table.assign(metric="perplexity", better="lower", quality=-table["score"], score=np.exp(table["score"]))
+    pair = over_tasks.pooled(logged, []).iloc[0]
+    assert np.log(pair[["ci_low", "score", "ci_high"]].astype(float)).diff().iloc[1:].tolist() == pytest.approx(
+        [1.96 * pair["se"]] * 2
+    )
+    assert pair["score"] == pytest.approx(np.exp(-pair["quality"]))
     assert over_tasks.pooled(table.assign(metric=np.where(table["task"] < "o", "score", "perplexity")), []).empty
     assert over_tasks.setting_of("words") == "all tasks"
 
@@ -124,6 +140,15 @@ def test_the_law_of_each_phase_predicts_what_was_held_out() -> None:
     assert len(predicted[predicted["left_out"] == "size"]) == 2 * 3 * 4
     with drawing("heldout"):
         assert len(multiples.heldout(predicted, "law").marks) == 6
+
+
+def test_an_axis_with_one_value_left_is_not_held_out() -> None:
+    sweep, rows = counted()
+    results, reasons = length_law.fits(sweep, rows[rows["task.length"] > 256])
+    assert not reasons and set(length_law.table(results)["left_out"]) == {"size", "compression"}
+    why = "Length is not held out, because only L = 512 is left, which does not determine what L does"
+    assert length_law.not_held(results) == [f"{why}."]
+    assert length_law.not_held([results[0], *length_law.fits(*counted())[0]]) == [f"{why} (frontier prefill binomial)."]
 
 
 def test_too_few_sizes_give_a_reason_and_no_fit() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas
@@ -177,3 +179,112 @@ def test_laws_are_fitted_where_the_records_carry_them(tmp_path: Path, monkeypatc
     resamples = pandas.read_csv(tmp_path / saved["resample_matrix"])
     assert len(resamples) == 20 and set(resamples) == set(saved["parameters"])
     assert (tmp_path / "figures/law-chinchilla.pdf").is_file() and "svg" in shown[0]["image/svg+xml"]
+
+
+def outcomes_of(values: np.ndarray, better: str = "higher") -> tuple[pandas.DataFrame, dict[Any, Any]]:
+    """Two levels of one task, each of one run, with their outcomes (levels, samples)."""
+    rows = [
+        {"run_id": f"r{at}", "metric": "score", "score": float(own.mean()), "better": better, "task": "t"}
+        for at, own in enumerate(values)
+    ]
+    samples = {f"r{at}": [{"sample": f"s{k}", "score": x} for k, x in enumerate(own)] for at, own in enumerate(values)}
+    sign = 1 if better == "higher" else -1
+    used = pandas.DataFrame(rows).assign(
+        model_label="m", task_label="t", method_label=["dense", "pruner"], level=[np.nan, 0.5], quality_se=0.0,
+        quality=lambda frame: sign * frame["score"],
+    )  # fmt: skip
+    group = levels._paired(SimpleNamespace(samples=samples), rows)  # type: ignore[arg-type]
+    assert not group.why
+    return used, {("m", "t"): group}
+
+
+def test_all_right_is_not_known_to_be_right_always() -> None:
+    """32 right of 32: the rule of three. The other level has shares of right answers, and its interval ends at 1."""
+    shares = np.array([1.0] * 30 + [0.5, 0.75])
+    for better, ends in (("higher", (1 - 3 / 32, 1.0)), ("lower", (-1.0, -1 + 3 / 32))):
+        found = levels.errors(*outcomes_of(np.stack([np.ones(32), shares]), better))
+        assert found["interval"].tolist() == ["rule of three", "jackknife t"]
+        assert (found["low"][0], found["high"][0]) == pytest.approx(ends)
+        assert found[["low", "high"]].abs().to_numpy().max() == 1.0 and (found["low"] < found["high"]).all()
+
+
+def test_without_a_spread_among_few_samples_nothing_is_known() -> None:
+    """Eight of eight: no interval, no bar, and a figure and a table that say so."""
+    used, groups = outcomes_of(np.stack([np.ones(8), np.array([0.0, 1] * 4)]))
+    found = levels.errors(used, groups)
+    assert found["interval"].tolist() == ["unknown", "jackknife t"]
+    assert np.isnan(found["low"][0]) and np.isnan(found["high"][0]) and found["high"][1] <= 1
+    assert show.with_interval(1.0, found["low"][0], found["high"][0]) == "1 (interval unknown)"
+    assert show.with_interval(1.0, -np.inf, np.inf) == "1 (interval unknown)"
+    assert show.with_interval(0.5, 0.25, 0.75) == "0.5 [0.25, 0.75]"
+    table = curve().assign(ci_low=-np.inf, ci_high=np.inf)
+    low, high = figures.limits(table)
+    assert np.isfinite([low, high]).all() and low < 0.3 < 0.8 < high
+    table = curve().assign(ci_low=np.nan, ci_high=np.nan)
+    with style.drawing("f"):
+        drawn = figures.tradeoff(table, style.looks(["dense", "pruner"], []), levels.knees(table), (low, high))
+        assert not drawn.figure.axes[0].containers, "no bars"
+        assert "pruner: accuracy 0.78, sparsity 0.5000" in annotated(svg_of(drawn), "f", drawn.marks, "")
+
+
+def test_a_range_of_scores_holds_the_naive_baselines_too() -> None:
+    """Of perplexities they may be worse by any factor; scores have an end."""
+    worse = curve(ACCURACY / 4).assign(method="random")
+    both = pandas.concat([curve(), worse])
+    assert figures.limits(both, ["random"])[0] < ACCURACY.min() / 4
+    broken = both.assign(metric="perplexity", score=np.where(both["method"] == "random", 1e4, both["score"] * 10))
+    broken = broken.assign(ci_low=broken["score"], ci_high=broken["score"])
+    assert figures.limits(broken, ["random"])[1] < 10
+
+
+def test_a_plateau_before_the_knee_has_no_slope() -> None:
+    """What rounding leaves of a flat line is no slope to divide by."""
+    falls = np.array([0.7, 0.7 + 1e-16, 0.7, 0.7 - 1e-16, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+    row = levels.knees(curve(falls)).iloc[0]
+    assert row["breakpoint"] == 0.3 and np.isinf(row["sharpness"])
+    assert np.isnan(levels.knees(curve(np.full(10, 0.7)))["sharpness"].iloc[0]), "it never falls"
+
+
+def test_layers_are_found_with_and_without_a_module_behind_their_index() -> None:
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp", "attention.0", "kv_cache.11", "lm_head"]
+    layers = pandas.DataFrame({"run_id": "r", "layer": names, "achieved": 0.5})
+    found = facts.blocks(layers, {"r": "pruner"})
+    assert found["block"].tolist() == [0, 1, 0, 11]
+    assert found["module"].tolist() == ["q_proj", "mlp", "attention", "kv_cache"]
+
+
+def safe_levels(**levels_of: list[float]) -> pandas.DataFrame:
+    rows = [
+        {"model": "m", "task": f"t{at}", "method": name, "non_inferior": one, "n": 200.0, "says": ""}
+        for name, own in levels_of.items()
+        for at, one in enumerate(own)
+    ]
+    return pandas.DataFrame(rows)
+
+
+def test_what_is_safe_names_all_who_share_it() -> None:
+    nan = float("nan")
+    (said,) = facts.what_is_safe(safe_levels(a=[0.5, nan], b=[0.75, nan], c=[0.751, nan]))
+    assert "**0.75** with b on m, t0, and 1 more; no method has one on each of its models and tasks." in said
+    (said,) = facts.what_is_safe(safe_levels(a=[0.5, 0.25], b=[0.875, 0.5], c=[0.5, 0.5]))
+    assert said.endswith("on each of its models and tasks: 0.50 with b, c.")
+    (said,) = facts.what_is_safe(safe_levels(a=[nan, nan]))
+    assert said == "No sparsity is shown to be safe: at no level a loss of 0.02 or more is ruled out (n = 200)."
+    none = safe_levels(a=[nan]).assign(n=nan, says="no dense run to compare with")
+    assert facts.what_is_safe(none) == ["No sparsity is shown to be safe: no dense run to compare with."]
+    assert facts.what_is_safe(none[:0]) == []
+
+
+def test_who_is_ahead_names_everyone_who_is() -> None:
+    best = pandas.DataFrame({"best": ["a", "b", "a", "c"], "second": ["b", "a", "b", None], "ahead": [1, 1, 1, 0]})
+    best["ahead"] = best["ahead"].astype(bool)
+    (said,) = facts.who_is_ahead(best)
+    assert said.startswith("Of 3 comparisons") and said.endswith("**a** in 2, **b** in 1.")
+    (said,) = facts.who_is_ahead(best.assign(ahead=[False, True, False, False]))
+    assert said.endswith("**b** in 1; in 2 no method is.")
+    assert "In none of 3" in facts.who_is_ahead(best.assign(ahead=False))[0]
+
+
+def test_an_exclusion_in_words() -> None:
+    rule = {"task.protocol": ["windows"], "method": ["quest", "snapkv"]}
+    assert facts.condition(rule) == "task.protocol=windows with method=quest or snapkv"

@@ -146,6 +146,13 @@ def test_select_names_the_closest_column() -> None:
         select(BOTH, {SCORES: "1"})
 
 
+@pytest.mark.parametrize("filters", [{"status": "nonsense"}, {"status": "ok,faild"}, {"flagged": "yes"}])
+def test_a_value_that_a_column_never_has_is_a_mistake(filters: dict[str, str]) -> None:
+    valid = "running, ok, failed, lost, none" if "status" in filters else "true, false, none"
+    with pytest.raises(UserError, match=f"no such value; valid: {valid}$"):
+        select(BOTH, filters)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.sets(st.sampled_from([*COLUMNS, "acc", "acc_stderr", "acc_n", "ppl", "ppl_n", "aa", "zz"]) | st.text(max_size=5))

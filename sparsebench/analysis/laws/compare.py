@@ -46,13 +46,19 @@ def leave_out(
     """Refits without the rows of the ``k`` highest distinct ``values`` (rows,) and predicts them.
 
     ``column``: what the values are called; ``refit``: fits the rows of a mask, (rows,) bool, with the options of the
-    fit that is judged.
+    fit that is judged. What one remaining value of a variable says of it is nothing, however well the rest fits: then
+    there is a reason in place of an error.
     """
     levels = np.unique(values)
     if len(levels) <= k:
         return LeftOut(column, None, 0, None, f"{len(levels)} distinct values, {k} cannot be left out")
     held = values >= levels[-k]
     lowest, count = float(levels[-k]), int(held.sum())
+    for name in law.numeric:
+        own = values if name == column else points[name].to_numpy(dtype=np.float64)
+        if len(np.unique(own)) > 1 and len(left := np.unique(own[~held])) == 1:
+            why = f"only {name} = {left[0]:.6g} is left, which does not determine what {name} does"
+            return LeftOut(column, lowest, count, None, why)
     try:
         fit = refit(~held)
     except UserError as problem:

@@ -57,6 +57,11 @@ class Result:
     def identifiable(self) -> bool:
         return not self.doubts
 
+    @property
+    def measure(self) -> str:
+        """What its errors are (``compare.error``)."""
+        return "mean absolute error" if self.fit.law.link == "logit" else "mean relative error"
+
     def to_json(self) -> dict[str, Any]:
         """Plain values in full precision: law, n, parameters, ci, objective, identifiable, warnings, then more."""
         fit, problem = self.fit, self.fit.problem

@@ -26,7 +26,7 @@ def _one(result: Result) -> str:
         f"objective {fit.objective:.6g}, {fit.at_best} of {len(fit.starts)} starts there, "
         f"condition {result.condition:.4g}"
     )
-    lines.append(_measure(result) + f" {_number(result.quality['error'])} in sample")
+    lines.append(result.measure + f" {_number(result.quality['error'])} in sample")
     lines += [f"  {_number(one.error)} {_left_out(one)}" for one in result.left_out if one.error is not None]
     laplace, gaussian = result.quality["aicc_laplace"], result.quality["aicc_gaussian"]
     lines.append(
@@ -63,10 +63,6 @@ def _parameters(result: Result) -> list[list[str]]:
 
 def _logit(result: Result) -> bool:
     return result.fit.law.link == "logit"
-
-
-def _measure(result: Result) -> str:
-    return "mean absolute error" if _logit(result) else "mean relative error"
 
 
 def _left_out(one: LeftOut) -> str:
