@@ -13,6 +13,7 @@ from sparsebench.errors import UserError
 from sparsebench.run import Run
 
 if TYPE_CHECKING:
+    from sparsebench.costs.lengths import Lengths
     from sparsebench.making import SparseModel
     from sparsebench.methods.base import Attachment, Counted
     from sparsebench.models.compressed import Sizes
@@ -83,37 +84,71 @@ def scores(metric: str, outcome: Outcome) -> dict[str, Any]:
     return fields | outcome.notes
 
 
-def costs(sparse: SparseModel, outcome: Outcome, counted: Uses) -> dict[str, Any]:
-    """Operations and bytes; a model that cannot be counted leaves the columns empty and a warning."""
+def lengths(outcome: Outcome, given: Lengths) -> dict[str, Any]:
+    """At how many tokens costs are counted: what the model was given. The last token of a window is only predicted; it
+    is counted all the same, as the window is the prompt. Nothing where the task did not run the model as a whole and
+    tells no length."""
+    told = outcome.notes.get("context") or outcome.notes.get("length")
+    read = told if given.prompt is None else round(given.prompt)
+    if read is None:
+        return {}
+    prompt = told if told == read + 1 else read
+    return {"cost_length": prompt, "cost_length_decode": prompt if given.decode is None else round(given.decode)}
+
+
+def costs(sparse: SparseModel, at: dict[str, Any], counted: Uses) -> dict[str, Any]:
+    """Operations and bytes at the lengths that ``lengths`` gives; what cannot be counted leaves its columns empty and a
+    warning."""
     from sparsebench.costs import flops, storage
     from sparsebench.costs.saving import NO_SAVING
 
     model = sparse.loaded.model
-    length = int(outcome.notes.get("context") or outcome.notes.get("length") or min(sparse.loaded.context, 512))
     saving = reduce(mul, (use.saving for _, use in counted), NO_SAVING)
     try:
         shape = flops.shape_of(model, sparse.loaded.values)
         stored = storage.weight_bytes(model, sparse.loaded.values)
     except UserError as error:
-        # not added to the sparse model's own warnings: its other tasks share them
-        warnings = [*sparse.warnings, *(text for _, use in counted for text in use.warnings)]
-        return {"warnings": "; ".join([*warnings, f"costs not counted: {error}"])}
+        return at | {"warnings": f"costs not counted: {error}"}
     kv = storage.kv_bytes_per_token(model)
-    return {
-        "cost_length": length,
-        "flops_prefill": flops.prefill(shape, length, saving=saving) / length,
-        "flops_prefill_dense": flops.prefill(shape, length, dense=True) / length,
-        "flops_decode": flops.decode(shape, length, saving=saving),
-        "flops_decode_dense": flops.decode(shape, length, dense=True),
+    found = {
         "bytes_weights": stored.sparse,
         "bytes_weights_dense": stored.dense,
         "bytes_format": stored.format,
         "kv_bytes_per_token": kv * saving.kv_stored,
         "kv_bytes_per_token_dense": kv,
-        "bytes_decode": stored.read(saving) + kv * saving.kv_read * length,
-        "bytes_decode_dense": stored.dense + kv * length,
         "latency": "simulated",
     }
+    if not at:
+        return found | {"warnings": "costs of a prompt not counted: the task tells no length of prompts"}
+    length, behind = at["cost_length"], at["cost_length_decode"]
+    return {
+        **at,
+        **found,
+        "flops_prefill": flops.prefill(shape, length, saving=saving) / length,
+        "flops_prefill_dense": flops.prefill(shape, length, dense=True) / length,
+        "flops_decode": flops.decode(shape, behind, saving=saving),
+        "flops_decode_dense": flops.decode(shape, behind, dense=True),
+        "bytes_decode": stored.read(saving) + kv * saving.kv_read * behind,
+        "bytes_decode_dense": stored.dense + kv * behind,
+    }
+
+
+def timed(sparse: SparseModel, kernel: str, at: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds on a ``kernel``. What was evaluated counts also where they cannot be had; a warning says why."""
+    from sparsebench import latency
+
+    try:
+        if not at:
+            raise UserError("the task tells no length of prompts")
+        return latency.columns(sparse, kernel, at["cost_length"])
+    except UserError as error:
+        return {"warnings": f"not timed: {error}"}
+
+
+def joined(fields: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """All columns, the warnings of both."""
+    texts = [one for one in (fields.get("warnings"), more.get("warnings")) if one]
+    return fields | more | {"warnings": "; ".join(texts) or None}
 
 
 def saved(sizes: Sizes | None) -> dict[str, Any]:

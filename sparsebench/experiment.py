@@ -65,10 +65,12 @@ class Experiment:
 
     def _finish(self, run: Run, attempt: Attempt, fitting: Fitting, evaluate: Callable[..., Any]) -> dict[str, Any]:
         """Sparsifies, evaluates and measures between the record's two lines."""
+        from sparsebench.costs.lengths import Lengths
         from sparsebench.costs.timing import Peak
         from sparsebench.tasks.base import Evaluation
 
         fields: dict[str, Any] = {}
+        given = Lengths()
         rows: dict[str, Any] = {"layers": [], "samples": [], "config": run.to_dict()}
         how = Evaluation(run.options.batch_size, partial(self.progress, "evaluate"))
         metric = self.workspace.catalogue.get("task", run.task.name).metric
@@ -78,19 +80,19 @@ class Experiment:
                 sparse = fitting.make(self.progress)
                 fields |= columns.made(sparse)
                 evaluated = self.clock()
-                with sparse.running():
+                with sparse.running(), given.watched(sparse.loaded.model):
                     outcome = evaluate(sparse.loaded, how)
             now = self.clock()
             counted = sparse.counted()
             rows["layers"] = columns.layers(sparse, counted)
             fields |= columns.sparsity(sparse, counted)
-            fields |= columns.scores(metric, outcome) | columns.costs(sparse, outcome, counted)
+            fields |= columns.scores(metric, outcome)
+            at = columns.lengths(outcome, given)
+            fields = columns.joined(fields, columns.costs(sparse, at, counted))
             fields |= {"seconds": now - started, "seconds_evaluate": now - evaluated, "peak_memory_bytes": peak.bytes}
             rows["samples"] = outcome.samples
             if run.options.kernel != "none":
-                from sparsebench import latency
-
-                fields |= latency.columns(sparse, run.options.kernel, int(fields.get("cost_length") or 512))
+                fields = columns.joined(fields, columns.timed(sparse, run.options.kernel, at))
             problem = columns.problem(sparse, outcome, counted)
             if problem and run.options.streamed:
                 self.kept = None

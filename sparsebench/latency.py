@@ -74,12 +74,15 @@ class _Kernels:
 
 @torch.no_grad()
 def columns(sparse: SparseModel, kernel: str, length: int) -> dict[str, Any]:
-    """The record's columns. ``kernel``: auto or reference; ``length``: tokens of the prefill, and cached in decoding.
+    """The record's columns. ``kernel``: auto or reference; ``length``: tokens of the prefill, and cached in decoding;
+    fewer where the model's context has no room for the tokens that follow.
 
     A model with nothing to speed up is timed against itself, and a warning says why. Milliseconds are medians, of
     decoding per token; a method that decodes in its own way is timed in that, from one correction to the next."""
     kernels = _choose(sparse, kernel)
     model, drafting = sparse.loaded.model, _drafting(sparse)
+    follow = 1 if drafting is None else drafting.decoder().settings.period
+    length = max(1, min(length, sparse.loaded.context - follow))
     plain = deepcopy(model)  # the two take turns, so that both must be ready
     ids = (torch.arange(length) * 7919 % model.config.get_text_config().vocab_size)[None].to(sparse.loaded.device)
     with _unwatched(sparse), sparse.running():
@@ -109,7 +112,7 @@ def columns(sparse: SparseModel, kernel: str, length: int) -> dict[str, Any]:
         result |= {f"ms_{phase}": 1000 * median_high(measured.seconds["sparse"])}
         result |= {f"ms_{phase}_dense": 1000 * median_high(measured.seconds["dense"]), f"speedup_{phase}": ratio.median}
     if kernels.warnings:
-        result["warnings"] = "; ".join([*sparse.warnings, *kernels.warnings])
+        result["warnings"] = "; ".join(kernels.warnings)
     return result
 
 

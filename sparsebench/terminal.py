@@ -81,10 +81,13 @@ def summary(record: dict[str, Any], store: Path) -> str:
     if record.get("flops_prefill"):
         prefill = record["flops_prefill"] / record["flops_prefill_dense"]
         decode = record["flops_decode"] / record["flops_decode_dense"]
-        size = record["bytes_weights"] / record["bytes_weights_dense"]
         length = record["cost_length"]
+        behind = record.get("cost_length_decode", length)
+        after = "decoding" if behind == length else f"decoding after {behind}"
+        lines.append(f"FLOPs      {prefill:.3f} of dense in a prefill of {length} tokens, {decode:.3f} in {after}")
+    if record.get("bytes_weights"):
+        size = record["bytes_weights"] / record["bytes_weights_dense"]
         lines += [
-            f"FLOPs      {prefill:.3f} of dense in a prefill of {length} tokens, {decode:.3f} in decoding",
             f"bytes      {size:.3f} of dense ({record['bytes_format']}, indices counted)",
             f"latency    {_latency(record)}",
         ]
@@ -183,7 +186,12 @@ def _options_text(
     format: str,
 ) -> str:
     rows = [
-        {"option": f"{prefix}{key}", "default": given.get(key, spec.default), "range": spec.range, "meaning": spec.help}
+        {
+            "option": f"{prefix}{key}",
+            "default": given.get(key, spec.default),
+            "range": spec.range,
+            "meaning": spec.meaning,
+        }
         for key, spec in options.items()
     ]
     plain = {key: vars(value) if hasattr(value, "__dict__") else value for key, value in facts.items()}

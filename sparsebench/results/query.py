@@ -32,8 +32,8 @@ _KEY = b"sparsebench"  # of the Parquet file's own metadata
 _ALIKE = ("method", "model", "task", "calibration", "pattern", "sparse_model_id")
 _NUMBERS = (
     "sparsity achieved achieved_model seed attempt flops_prefill flops_prefill_dense flops_decode flops_decode_dense "
-    "cost_length bytes_weights bytes_weights_dense kv_bytes_per_token bytes_decode seconds peak_memory_bytes pid "
-    "restarts schema seconds_sparsify seconds_evaluate"
+    "cost_length cost_length_decode bytes_weights bytes_weights_dense kv_bytes_per_token bytes_decode seconds "
+    "peak_memory_bytes pid restarts schema seconds_sparsify seconds_evaluate"
 ).split()
 
 
@@ -48,7 +48,8 @@ class Found:
 def records(store: Store, filters: Mapping[str, str]) -> Found:
     """The records that meet every filter (as ``view.select``); memory grows with them, not with the store.
 
-    UserError for a column that nothing has, or a store that cannot be read."""
+    UserError for a column that nothing has, a value that its column never has, or a store that cannot be read."""
+    view.check_values(filters)
     return _read(store, filters, None)
 
 

@@ -125,24 +125,23 @@ class TinyworldTask(Declared):
         return Outcome({"accuracy": Score.average([*scores.values()]), **scores}, samples, {"length": self.length})
 
     def _batches(self, documents: list[Encoded], rows: int) -> list[list[Encoded]]:
-        """Groups that can run together: any documents in one forward, equal shapes through the cache."""
-        if self.protocol == "windows":
-            return [documents[i : i + rows] for i in range(0, len(documents), rows)]
+        """Groups that can run together: equally long, so that no method takes padding for a prompt's last tokens, and
+        through the cache with their questions at the same place."""
+        cached = self.protocol == "continuation"
         groups: dict[tuple[int, int], list[Encoded]] = {}
         for document in documents:
-            groups.setdefault((len(document.ids), document.question), []).append(document)
+            groups.setdefault((len(document.ids), document.question if cached else 0), []).append(document)
         return [group[i : i + rows] for group in groups.values() for i in range(0, len(group), rows)]
 
     def _hits(self, model: LoadedModel, batch: list[Encoded]) -> Tensor:
-        """(rows, tokens) bool: token t is the most likely one. Rows are padded on the right, which a
-        causal model never sees. FloatingPointError when the model's outputs are not numbers."""
-        longest = max(len(document.ids) for document in batch)
-        ids = torch.tensor([document.ids + [0] * (longest - len(document.ids)) for document in batch])
+        """(rows, tokens) bool: token t is the most likely one, in documents of one length. FloatingPointError when the
+        model's outputs are not numbers."""
+        ids = torch.tensor([document.ids for document in batch])
         prefill = batch[0].question if self.protocol == "continuation" else 0
         nll, hits = score_tokens(model, ids, prefill=prefill)
         if nll.isnan().any():  # their largest is meaningless, yet would count as a finite accuracy
             raise FloatingPointError("tinyworld: the model's logits are not numbers (NaN)")
-        return torch.nn.functional.pad(hits, (longest - hits.shape[1], 0))
+        return torch.nn.functional.pad(hits, (ids.shape[1] - hits.shape[1], 0))
 
 
 def encode(model: LoadedModel, document: tinyworld.Document) -> tuple[list[int], list[tuple[int, int]]]:

@@ -35,6 +35,13 @@ def test_it_stacks_with_a_weight_method(command):
     assert record["achieved_attention"] == pytest.approx(0.5, abs=0.03)
 
 
+@pytest.mark.parametrize("names", ["dense,vertical_slash", "vertical_slash,dense", "dense,magnitude"])
+def test_the_reference_stands_alone(command, names):
+    """Its level of 0 would be told as the stack's."""
+    answer = command(f"method=[{names}]", *TINY)
+    assert answer.code == 2 and "dense is the model as it is" in answer.err and answer.records == []
+
+
 def test_two_prefill_methods_are_refused(command):
     answer = command("method=[vertical_slash,block_sparse]", *TINY)
     assert answer.code == 2 and "attention (prefill)" in answer.err
@@ -51,8 +58,35 @@ def test_two_prefill_methods_are_refused(command):
         ("method=pbs_attn method.pbs_attn.block_size=16 method.pbs_attn.segment_size=40", "segment_size=40"),
         ("method=minference method.minference.fitted_from=nothing", "fitted_from=nothing"),
         ("method=seer_attention method.seer_attention.gate_type=Kavg", "gate_type=Kavg"),
-        ("method=local_sink method.local_sink.n_last=4", "n_last=4"),
+        ("method=local_sink method.local_sink.n_last=4", "n_last=4: has no effect here"),
+        ("method=flexprefill method.flexprefill.tile_size=8", "goes with method.flexprefill.variant=simplified"),
+        (
+            "method=flexprefill method.flexprefill.variant=simplified method.flexprefill.tau=0",
+            "tau=0.0: has no effect here: goes with method.flexprefill.variant=original",
+        ),
         ("method=vertical_slash method.vertical_slash.approximation_size=2048", "context has only 1024 tokens"),
+        ("method=minference method.minference.starting_layer=200", "below the 2 layers"),
+        ("method=minference method.minference.ratio=1e30", "<= 1048576"),
+        *(
+            (f"method={name} method.{name}.{size}", said)
+            for name, size, said in (
+                ("vertical_slash", "forced_verticals=3000", "must be <= 504"),
+                ("vertical_slash", "forced_verticals=200", "only 255 tokens; must be <= 124"),
+                ("vertical_slash", "forced_slashes=3000", "must be <= 1004"),
+                ("vertical_slash", "tile_size=128", "tile_size=128: leaves nothing out"),
+                ("block_sparse", "chunk_size=85", "only 255 tokens; must be <= 84"),
+                ("flexprefill", "block_size=300", "must be <= 127"),
+                ("flexprefill", "min_budget=3000", "min_budget=3000: leaves nothing out"),
+                ("seer_attention", "block_size=300", "must be <= 254"),
+                ("local_sink", "n_init=255", "must be <= 253"),
+                ("minference", "forced_verticals=3000", "must be <= 976"),
+                ("minference", "block_size=3000", "must be <= 1023"),
+                ("pbs_attn", "block_size=128", "block_size=128: leaves nothing out"),
+                ("pbs_attn", "segment_size=256", "segment_size=256: leaves nothing out"),
+                ("anchor_attention", "block_size=86", "must be <= 85"),
+                ("anchor_attention", "step=11", "must be <= 10"),
+            )
+        ),
     ],
 )
 def test_bad_input_starts_nothing(command, words, said):

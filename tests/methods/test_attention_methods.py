@@ -12,6 +12,9 @@ from sparsebench.errors import UserError
 from sparsebench.methods.attention.base import check, search
 from sparsebench.methods.attention.local_sink import LocalSink
 from sparsebench.methods.attention.selections import Selection
+from sparsebench.models.base import LoadedModel
+from sparsebench.tasks.base import Evaluation
+from sparsebench.tasks.tinyworld import Encoded, TinyworldTask
 
 
 @pytest.fixture(scope="module", params=["grouped", "multi_head"])
@@ -145,3 +148,22 @@ def test_local_sink_keeps_sinks_window_and_last_rows():
         [1, 1, 1, 1, 1, 1],
     ]
     assert replace(method, shape="a_shape", n_last=None).native(6) == 1
+
+
+def test_documents_of_other_lengths_in_a_batch_change_nothing(model):
+    """Padding behind a document would stand where methods look for its last queries."""
+    draw = torch.Generator().manual_seed(7)
+    lengths = (70, 96, 83, 96, 70, 64)
+    documents = [
+        Encoded(
+            str(i), torch.randint(2, 64, (n,), generator=draw).tolist(), n - 8, [(p, p + 1) for p in range(n - 30, n)]
+        )
+        for i, n in enumerate(lengths)
+    ]
+    task, found = TinyworldTask(length=96), []
+    for size in (1, 16):
+        handler = attachment(METHODS["vertical_slash"].make(sparsity=0.5), model)
+        with handler.attached():
+            outcome = task.evaluate(LoadedModel(model, None, "toy", 256), Evaluation(size), {"copy": documents})
+        found.append((sorted(map(str, outcome.samples)), handler.counted().achieved))
+    assert found[0][0] == found[1][0] and found[0][1] == pytest.approx(found[1][1])

@@ -117,3 +117,5 @@ def test_the_verb(command: Command, tmp_path: Path) -> None:
     assert answer.code == 0 and len(answer.out.splitlines()) == 3
     assert command("results", "compact", "method=x", *words).code == 2
     assert command("results", "everything", *words).code == 2
+    answer = command("results", "status=nonsense", *words)
+    assert answer.code == 2 and "valid: running, ok, failed, lost" in answer.err and not answer.out

@@ -15,6 +15,7 @@ computed. Achieved counts causal pairs; ``stripe_ratio`` is the code's own numbe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import log
 from typing import Any, ClassVar
@@ -58,12 +59,17 @@ class AnchorAttention(AttentionMethod):
     step: int | None = option(None, "blocks of a group; 16, fewer on short prompts so that there are 16 groups", low=1)
 
     knobs: ClassVar[tuple[str, ...]] = ("theta",)
+    sizes: ClassVar[tuple[str, ...]] = ("block_size", "step")
+
+    def leaves_out(self, tokens: int) -> bool:
+        block, step = self.group(tokens)
+        return tokens // (block * step) > 2  # a group with one between the first and itself
 
     def native(self, tokens: int) -> float | None:
         return self.theta
 
     def estimate(self, heads: Heads) -> Any:
-        block, step = self.sizes(heads.tokens)
+        block, step = self.group(heads.tokens)
         return None if heads.tokens < 2 * block * step else margins(heads, block, step, self.variant == "released")
 
     def span(self, heads: Heads, seen: Any) -> tuple[float, float]:
@@ -73,19 +79,19 @@ class AnchorAttention(AttentionMethod):
     def build(self, heads: Heads, seen: Any, knob: float) -> Selection:
         if seen is None:
             return Selection(heads.tokens)
-        block, step = self.sizes(heads.tokens)
+        block, step = self.group(heads.tokens)
         found = with_stripes(seen <= knob, block * step)
         found.extra["theta"] = float(knob)
         return found
 
-    def sizes(self, tokens: int) -> tuple[int, int]:
+    def group(self, tokens: int) -> tuple[int, int]:
         """Queries of a block, blocks of a group."""
         block = block_of(self.block_size, 128, tokens)
         return block, self.step or max(1, min(16, tokens // (16 * block)))
 
-    def index_flops(self, tokens: int, layer: Attention) -> float:
+    def index_flops(self, tokens: int, layer: Attention, learned: Mapping[str, Tensor]) -> float:
         """Of the blocks' mean queries with the keys before them; the first pass is computed anyway."""
-        return 2.0 * layer.heads * layer.head_dim * (tokens / self.sizes(tokens)[0]) * tokens / 2
+        return 2.0 * layer.heads * layer.head_dim * (tokens / self.group(tokens)[0]) * tokens / 2
 
 
 @dataclass

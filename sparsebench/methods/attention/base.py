@@ -13,21 +13,18 @@ length for all layers: what a fixed value does is seen by giving the native opti
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsebench.costs.flops import Attention, attention_of
 from sparsebench.costs.saving import Saving
-from sparsebench.declare import Declared, option
+from sparsebench.declare import Declared, option, options_of
 from sparsebench.errors import UserError
 from sparsebench.methods.attention.on_kernels import KernelUse, Part, attend
 from sparsebench.methods.attention.selections import Heads, Selection
@@ -36,11 +33,14 @@ from sparsebench.models.plug import Allowed, Call, Handler, Work, plugged, reach
 
 Knob = float
 
+_CONTEXT = "the model's context has"
+
 
 @dataclass(frozen=True)
 class AttentionMethod(Declared, ABC):
     """Base of sparse prefill methods. ``knobs``: the native options that set the sparsity in its place; ``within``: the
-    options that count tokens of a prompt, which must have so many."""
+    options that count tokens of a prompt, which must have so many; ``sizes``: those that leave nothing out of a prompt
+    when they are too large for it."""
 
     sparsity: float | None = option(
         None,
@@ -51,6 +51,7 @@ class AttentionMethod(Declared, ABC):
 
     knobs: ClassVar[tuple[str, ...]] = ()
     within: ClassVar[tuple[str, ...]] = ()
+    sizes: ClassVar[tuple[str, ...]] = ()
     tolerance: ClassVar[float] = 0.03  # knobs are whole numbers, blocks are coarse
 
     @property
@@ -77,6 +78,26 @@ class AttentionMethod(Declared, ABC):
             given = getattr(self, name)
             if given is not None and given > tokens:
                 raise UserError(f"{self.name(name)}: {what} only {tokens} tokens")
+
+    def leaves_out(self, tokens: int) -> bool:
+        """Whether ``sizes`` let anything be left out of a prompt of this many tokens, however little is asked for."""
+        return True
+
+    def check_sizes(self, tokens: int, what: str) -> None:
+        """UserError when one of ``sizes`` is why nothing can be left out where there are as many tokens as ``what``
+        says."""
+        if self.asked == 0 or self.leaves_out(tokens):
+            return
+        for name in self.sizes:
+            given, spec = getattr(self, name), options_of(type(self))[name]
+            if given == spec.default:
+                continue
+            smaller = range(min(given, tokens), int(spec.low or 0) - 1, -1)
+            most = next((size for size in smaller if replace(self, **{name: size}).leaves_out(tokens)), None)
+            if most is not None:
+                raise UserError(
+                    f"{self.name(name)}: leaves nothing out, as {what} only {tokens} tokens; must be <= {most}"
+                )
 
     def fit(self, around: Surroundings) -> dict[str, Tensor]:
         """What is learned from calibration data, by name, on the CPU; ``Heads.learned`` holds it later."""
@@ -111,49 +132,13 @@ class AttentionMethod(Declared, ABC):
             knob = search(low, high, target, lambda value: self.build(heads, seen, value).density)
         return self.build(heads, seen, knob)
 
-    def index_flops(self, tokens: int, layer: Attention) -> float:
-        """FLOPs of choosing, for one layer and a prompt of so many tokens."""
+    def index_flops(self, tokens: int, layer: Attention, learned: Mapping[str, Tensor]) -> float:
+        """FLOPs of choosing, for one layer and a prompt of so many tokens; ``learned``: what ``fit`` returned."""
         return 0.0
 
     def columns(self) -> dict[str, Any]:
         """More columns of the record."""
         return {}
-
-
-@dataclass(frozen=True)
-class FittedMethod(AttentionMethod):
-    """Base of methods that learn from calibration data, once."""
-
-    fitted_from: str | None = option(
-        None, "a file that save= wrote for this model: nothing is learned then", unit="file"
-    )
-
-    @abstractmethod
-    def shapes(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the tensors that ``learn`` returns."""
-
-    @abstractmethod
-    def learn(self, around: Surroundings) -> dict[str, Tensor]:
-        """What ``fit`` returns where nothing was loaded."""
-
-    def check_model(self, model: PreTrainedModel) -> None:
-        if self.fitted_from is not None:
-            self._load(model)
-
-    def fit(self, around: Surroundings) -> dict[str, Tensor]:
-        return self.learn(around) if self.fitted_from is None else self._load(around.loaded.model)
-
-    def _load(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        where = self.name("fitted_from")
-        try:
-            found: dict[str, Tensor] = load_file(Path(str(self.fitted_from)).expanduser())
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"{where}: not a readable safetensors file ({' '.join(str(error).split())})") from None
-        for name, shape in self.shapes(model).items():
-            if name not in found or tuple(found[name].shape) != shape:
-                has = tuple(found[name].shape) if name in found else "not there"
-                raise UserError(f"{where}: {name} is {has}; for this model and these options it must be {shape}")
-        return found
 
 
 def search(low: Knob, high: Knob, target: float, density: Callable[[Knob], float], close: float = 0.003) -> Knob:
@@ -326,7 +311,7 @@ class SparseAttention(Handler):
             return Saving(pairs_prefill=pairs)
         return Saving(
             pairs_prefill=pairs,
-            index_prefill=lambda length: sum(how.index_flops(length, layer) for layer in attention_of(model)),
+            index_prefill=lambda length: sum(how.index_flops(length, one, self.tensors) for one in attention_of(model)),
         )
 
 
@@ -347,7 +332,7 @@ def heads_of(call: Call, row: int, first: int, last: int, learned: dict[str, Ten
         return query[row, :, first:last], key[row, :, first:last]
 
     query, key, value = (part[row, :, first:last] for part in (call.query, call.key, call.value))
-    return Heads(call.index, query, key, value, call.scaling, before_rotary, learned)
+    return Heads(call.index, query, key, value, call.scaling, before_rotary, learned, call.rotary is not None)
 
 
 Named = tuple[str, AttentionMethod]
@@ -362,16 +347,18 @@ def check(stack: Sequence[Named], model: nn.Module) -> None:
     reach(model)
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     for _, method in stack:
-        if context is not None:
-            method.check_within(context, "the model's context has")
         method.check_model(model)
+        if context is not None:
+            method.check_within(context, _CONTEXT)
+            method.check_sizes(context, _CONTEXT)
 
 
 def check_prompts(stack: Sequence[Named], model: nn.Module, lengths: Iterable[int]) -> None:
     """UserError when a method's options do not fit prompts of so many tokens. Changes nothing."""
-    shortest = min(lengths)
+    shortest, longest = min(lengths), max(lengths)
     for _, method in stack:
         method.check_tokens(shortest)
+        method.check_sizes(longest, "the prompt has")  # shorter ones may be dense
 
 
 def apply(stack: Sequence[Named], around: Surroundings) -> Applied:

@@ -13,6 +13,7 @@ Achieved counts causal pairs and so differs a little on the diagonal chunks. Pap
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -52,6 +53,10 @@ class BlockSparse(AttentionMethod):
     chunk_size: int | None = option(None, "tokens of a chunk; 16, or less on short prompts", low=1)
 
     knobs: ClassVar[tuple[str, ...]] = ("top_chunks",)
+    sizes: ClassVar[tuple[str, ...]] = ("chunk_size",)
+
+    def leaves_out(self, tokens: int) -> bool:
+        return -(-tokens // block_of(self.chunk_size, 16, tokens)) > _FEWEST
 
     def native(self, tokens: int) -> float | None:
         if self.top_chunks is not None:
@@ -68,7 +73,7 @@ class BlockSparse(AttentionMethod):
         found.extra["top_chunks"] = float(kept)
         return found
 
-    def index_flops(self, tokens: int, layer: Attention) -> float:
+    def index_flops(self, tokens: int, layer: Attention, learned: Mapping[str, Tensor]) -> float:
         chunks = tokens / block_of(self.chunk_size, 16, tokens)
         return 2.0 * layer.heads * layer.head_dim * chunks**2 / 2
 

@@ -18,6 +18,7 @@ a short prompt, 128 in the paper.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,7 +32,7 @@ from sparsebench.errors import UserError
 from sparsebench.methods.attention.base import AttentionMethod, block_of, scaled
 from sparsebench.methods.attention.block_sparse import pooled
 from sparsebench.methods.attention.selections import Heads, Selection, block_sparsity, blocks, masked_softmax
-from sparsebench.methods.attention.slashes import SlashScores, ranks, slash_scores, slash_tiles
+from sparsebench.methods.attention.slashes import SlashScores, ranks, room, slash_scores, slash_tiles
 
 
 @method(
@@ -63,29 +64,43 @@ class FlexPrefill(AttentionMethod):
         high=1.0,
         unit="instead of sparsity",
     )
-    tau: float = option(0.1, "original: heads with a divergence below it take blocks; 0: none", low=0.0, high=1.0)
-    min_budget: int | None = option(None, "fewest tokens; a block (original), 512 or a 16th (simplified)", low=1)
-    max_budget: int | None = option(None, "original: most tokens of a head's columns and of its diagonals", low=1)
-    block_size: int | None = option(None, "original: tokens of a block; 128, or less on short prompts", low=8)
-    budget_divisor: int | None = option(None, "original: tokens per block of a count; the block size if null", low=1)
-    approximation_size: int | None = option(
-        None, "simplified: last queries that are looked at; 512, at most a 16th of the prompt (16 at least)", low=1
+    tau: float = option(
+        0.1, "heads with a divergence below it take blocks; 0: none", low=0.0, high=1.0, only="variant=original"
     )
-    tile_size: int | None = option(None, "simplified: queries and keys of a tile; 64, or less on short prompts", low=1)
+    min_budget: int | None = option(None, "fewest tokens; a block (original), 512 or a 16th (simplified)", low=1)
+    max_budget: int | None = option(
+        None, "most tokens of a head's columns and of its diagonals", low=1, only="variant=original"
+    )
+    block_size: int | None = option(
+        None, "tokens of a block; 128, or less on short prompts", low=8, only="variant=original"
+    )
+    budget_divisor: int | None = option(
+        None, "tokens per block of a count; the block size if null", low=1, only="variant=original"
+    )
+    approximation_size: int | None = option(
+        None,
+        "last queries that are looked at; 512, at most a 16th of the prompt (16 at least)",
+        low=1,
+        only="variant=simplified",
+    )
+    tile_size: int | None = option(
+        None, "queries and keys of a tile; 64, or less on short prompts", low=1, only="variant=simplified"
+    )
 
     knobs: ClassVar[tuple[str, ...]] = ("gamma",)
     within: ClassVar[tuple[str, ...]] = ("approximation_size",)
+    sizes: ClassVar[tuple[str, ...]] = ("min_budget", "block_size", "tile_size")
 
     def check_model(self, model: Any) -> None:
-        foreign = {
-            "original": ("approximation_size", "tile_size"),
-            "simplified": ("max_budget", "block_size", "budget_divisor"),
-        }
-        for name in foreign[self.variant]:
-            if getattr(self, name) is not None:
-                raise UserError(f"{self.name(name)}: has no meaning with variant={self.variant}")
         if self.max_budget is not None and self.max_budget < (self.min_budget or 1):
             raise UserError(f"{self.name('max_budget')}: must be >= min_budget={self.min_budget}")
+
+    def leaves_out(self, tokens: int) -> bool:
+        if self.variant == "original":
+            size = block_of(self.block_size, 128, tokens)
+            return not is_short(tokens, size, self.min_budget)
+        least = self.min_budget or 1  # of both columns and diagonals
+        return room(tokens, min(least, 4), least, block_of(self.tile_size, 64, tokens))
 
     def native(self, tokens: int) -> float | None:
         return self.gamma
@@ -102,7 +117,7 @@ class FlexPrefill(AttentionMethod):
         found.extra["gamma"] = max(0.0, knob)
         return found
 
-    def index_flops(self, tokens: int, layer: Attention) -> float:
+    def index_flops(self, tokens: int, layer: Attention, learned: Mapping[str, Tensor]) -> float:
         if self.variant == "simplified":
             return 2.0 * layer.heads * self.rows(tokens) * tokens * layer.head_dim
         size = block_of(self.block_size, 128, tokens)
@@ -116,6 +131,11 @@ class FlexPrefill(AttentionMethod):
 def count(mass: Tensor, gamma: float) -> Tensor:
     """One more than the entries, largest first, whose cumulated mass is <= gamma: (H, N) -> (H,)."""
     return 1 + (mass.sort(dim=1, descending=True).values.cumsum(dim=1) <= gamma).sum(dim=1)
+
+
+def is_short(tokens: int, size: int, least: int | None) -> bool:
+    """Original: whether a prompt is dense, as it has no more than two blocks, or than the fewest tokens in blocks."""
+    return tokens <= max(2, -(-(least or 1) // size)) * size
 
 
 class _Simplified:
@@ -145,9 +165,8 @@ class _Original:
         self.how, self.tokens = how, heads.tokens
         self.size = block_of(how.block_size, 128, heads.tokens)
         self.blocks = -(-self.tokens // self.size)
-        least = how.min_budget or 1
-        self.least = -(-least // self.size)
-        self.short = self.tokens <= max(2 * self.size, self.least * self.size)
+        self.least = -(-(how.min_budget or 1) // self.size)
+        self.short = is_short(self.tokens, self.size, how.min_budget)
         if self.short:
             return
         sums = slash_scores(heads, self.size)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sparsebench.declare import Taxonomy, method, option
-from sparsebench.errors import UserError
 from sparsebench.methods.attention.base import AttentionMethod, scaled
 from sparsebench.methods.attention.selections import Band, Heads, Selection, band_pairs
 
@@ -44,15 +43,20 @@ class LocalSink(AttentionMethod):
         None, "tokens before itself that a query sees, in place of sparsity", low=0, unit="instead of sparsity"
     )
     n_last: int | None = option(
-        None, "tri_shape: last queries that see all; 100, at most a 32nd of the prompt", low=1, unit="tokens"
+        None,
+        "last queries that see all; 100, at most a 32nd of the prompt",
+        low=1,
+        unit="tokens",
+        only="shape=tri_shape",
     )
 
     knobs: ClassVar[tuple[str, ...]] = ("n_local",)
     within: ClassVar[tuple[str, ...]] = ("n_init", "n_last")
+    sizes: ClassVar[tuple[str, ...]] = ("n_init", "n_last")
 
-    def check_model(self, model: Any) -> None:
-        if self.n_last is not None and self.shape == "a_shape":
-            raise UserError(f"{self.name('n_last')}: goes with shape=tri_shape")
+    def leaves_out(self, tokens: int) -> bool:
+        first, dense_from = self._edges(tokens)
+        return first + 1 < dense_from  # a query with a key between the sinks and itself
 
     def native(self, tokens: int) -> float | None:
         if self.n_local is not None:

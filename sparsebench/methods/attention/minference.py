@@ -21,7 +21,7 @@ Achieved counts causal pairs, of tiles as the kernel computes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import log2
 from typing import Any, ClassVar
@@ -32,10 +32,12 @@ from transformers import PreTrainedModel
 
 from sparsebench.costs.flops import Attention, attention_of
 from sparsebench.declare import Taxonomy, method, option
-from sparsebench.methods.attention.base import FittedMethod, block_of, extents, heads_of, scaled
+from sparsebench.errors import UserError
+from sparsebench.methods.attention.base import block_of, extents, heads_of, scaled
 from sparsebench.methods.attention.block_sparse import pooled
+from sparsebench.methods.attention.fitted import FittedMethod
 from sparsebench.methods.attention.selections import Band, Heads, PerHead, Selection, blocks, causal, masked_softmax
-from sparsebench.methods.attention.slashes import Lines, ranks, slash_scores, slash_tiles
+from sparsebench.methods.attention.slashes import Lines, ranks, room, slash_scores, slash_tiles
 from sparsebench.methods.base import Surroundings
 from sparsebench.models.plug import Allowed, Call, Handler, plugged
 
@@ -43,6 +45,7 @@ A_SHAPE, VERTICAL_SLASH, BLOCK_SPARSE = range(3)
 Pattern = tuple[int, int, int]  # kind and two sizes; block-sparse: (kind, share of the blocks, unused)
 
 _LONG = 3500  # tokens that the paper's candidates need
+_LARGEST = 2**20  # size of a pattern that was saved
 _ROWS_AT_ONCE = 2**24  # logits
 _OFF = 5e-3  # from which an entry of the output is wrong
 
@@ -71,7 +74,11 @@ class MInference(FittedMethod):
     """Gives each head the pattern that holds most of its attention on a sample: sinks, lines, or blocks."""
 
     ratio: float | None = option(
-        None, "factor on every head's sizes, in place of sparsity", above=0.0, unit="instead of sparsity"
+        None,
+        "factor on every head's sizes, in place of sparsity",
+        above=0.0,
+        high=1_048_576.0,
+        unit="instead of sparsity",
     )
     search: str = option(
         "recall", "what a pattern is chosen by: the attention it holds, or the error of its output",
@@ -88,6 +95,18 @@ class MInference(FittedMethod):
 
     knobs: ClassVar[tuple[str, ...]] = ("ratio",)
     within: ClassVar[tuple[str, ...]] = ("last_q",)
+    sizes: ClassVar[tuple[str, ...]] = ("forced_verticals", "forced_slashes", "block_size")
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        layers = len(attention_of(model))
+        if self.starting_layer >= layers:
+            raise UserError(f"{self.name('starting_layer')}: must be below the {layers} layers of the model")
+        super().check_model(model)
+
+    def leaves_out(self, tokens: int) -> bool:
+        # by the heads of verticals and slashes, whose sizes these are
+        least = _least(tokens, self.forced_verticals, self.forced_slashes)
+        return room(tokens, *least, block_of(self.block_size, 64, tokens))
 
     def shapes(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
         layers = attention_of(model)
@@ -105,6 +124,16 @@ class MInference(FittedMethod):
         tried = candidates(tokens) if self.search == "recall" else more_candidates(tokens)
         found = [[self.stored(tried[int(best)], tokens) for best in layer.argmax(0)] for layer in scores]
         return {"patterns": torch.tensor(found)}
+
+    def fault(self, learned: Mapping[str, Tensor], model: PreTrainedModel) -> str | None:
+        patterns = learned["patterns"]
+        kinds, sizes = patterns[..., 0], patterns[..., 1:]
+        if patterns.is_floating_point() or patterns.is_complex():
+            return f"patterns are {patterns.dtype}, not whole numbers"
+        if not bool(((kinds >= A_SHAPE) & (kinds <= BLOCK_SPARSE)).all()):
+            return f"patterns has kinds from {int(kinds.min())} to {int(kinds.max())}; they go from 0 to {BLOCK_SPARSE}"
+        wild = sizes[(sizes < 0) | (sizes > _LARGEST)]
+        return f"patterns has a size of {int(wild[0])}; must be >= 0 and <= {_LARGEST}" if len(wild) else None
 
     def stored(self, best: Pattern, tokens: int) -> Pattern:
         """What a head is given whose best candidate this is."""
@@ -145,9 +174,7 @@ class MInference(FittedMethod):
             return Band(tokens, min(one, tokens), min(tokens, int(other * ratio)), tokens, heads.query.device)
         if kind == VERTICAL_SLASH:
             verticals, slashes = (places[where] for places in seen)
-            least = 30, 50  # the released code's, in the spirit of the forced ones
-            if tokens < _LONG:
-                least = _forced(tokens, self.forced_verticals, self.forced_slashes)
+            least = _least(tokens, self.forced_verticals, self.forced_slashes)
             wide, near = (max(int(number * ratio), few) for number, few in zip((one, other), least, strict=True))
             return slash_tiles(verticals < wide, slashes < near, size)
         count = -(-tokens // size)
@@ -169,7 +196,7 @@ class MInference(FittedMethod):
                 total[place] -= ((found - whole).abs() > _OFF).sum(dim=(1, 2)).double().cpu()
         return total
 
-    def index_flops(self, tokens: int, layer: Attention) -> float:
+    def index_flops(self, tokens: int, layer: Attention, learned: Mapping[str, Tensor]) -> float:
         """As if every head looked for verticals and slashes."""
         return 2.0 * layer.heads * scaled(self.last_q, 64, tokens, share=32, least=16) * tokens * layer.head_dim
 
@@ -207,6 +234,12 @@ def _forced(tokens: int, first: int | None = None, near: int | None = None) -> t
         first if first is not None else tokens // 128 if short else 30,
         near if near is not None else tokens // 32 if short else 100,
     )
+
+
+def _least(tokens: int, first: int | None, near: int | None) -> tuple[int, int]:
+    """The fewest columns and diagonals of a head: on long prompts the released code's, in the spirit of the forced
+    ones."""
+    return (30, 50) if tokens >= _LONG else _forced(tokens, first, near)
 
 
 def pooled_blocks(query: Tensor, key: Tensor, size: int, kept: int) -> Tensor:

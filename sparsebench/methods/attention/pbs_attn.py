@@ -18,6 +18,7 @@ every prompt. Not here: the antidiagonal selector (PBS-Attn+).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -67,20 +68,26 @@ class PbsAttn(AttentionMethod):
     force_first: bool = option(True, "always compute the block that holds the first token")
 
     knobs: ClassVar[tuple[str, ...]] = ("threshold",)
+    sizes: ClassVar[tuple[str, ...]] = ("block_size", "segment_size")
 
     def check_model(self, model: Any) -> None:
         if self.block_size and self.segment_size and self.segment_size % self.block_size:
             raise UserError(f"{self.name('segment_size')}: must be a multiple of block_size={self.block_size}")
 
     def check_tokens(self, tokens: int) -> None:
-        block, segment = self.sizes(tokens)
+        block, segment = self.blocks_of(tokens)
         if segment % block:
             raise UserError(
                 f"{self.name('segment_size')}: must be a multiple of the block size ({block} for a prompt of {tokens} "
                 "tokens; block_size= changes that)"
             )
 
-    def sizes(self, tokens: int) -> tuple[int, int]:
+    def leaves_out(self, tokens: int) -> bool:
+        block, segment = self.blocks_of(tokens)
+        before = (tokens - 1) // segment * segment // block  # blocks before the last segment
+        return before > 1 + int(self.force_first)  # a row takes one at least
+
+    def blocks_of(self, tokens: int) -> tuple[int, int]:
         """Tokens of a block and of a segment."""
         block = block_of(self.block_size, 128, tokens)
         return block, self.segment_size or max(block, min(256 // block, 4) * block)
@@ -89,7 +96,7 @@ class PbsAttn(AttentionMethod):
         return self.threshold
 
     def estimate(self, heads: Heads) -> Any:
-        block, segment = self.sizes(heads.tokens)
+        block, segment = self.blocks_of(heads.tokens)
         if heads.tokens <= segment:
             return None
         order = key_order(heads, block, segment, self.permutation, self.share_permutation)
@@ -101,7 +108,7 @@ class PbsAttn(AttentionMethod):
     def build(self, heads: Heads, seen: Any, knob: float) -> Selection:
         if seen is None:
             return Selection(heads.tokens)
-        block, segment = self.sizes(heads.tokens)
+        block, segment = self.blocks_of(heads.tokens)
         mask = taken(seen.scores, knob) if knob < 1 else torch.ones_like(seen.scores, dtype=torch.bool)
         where = torch.arange(heads.tokens, device=mask.device).expand_as(seen.order)
         place = torch.empty_like(seen.order).scatter_(1, seen.order, where)
@@ -113,8 +120,8 @@ class PbsAttn(AttentionMethod):
         reported = block_sparsity(mask)
         return Tiles(heads.tokens, mask, block, place // block, reported=reported, extra=extra)
 
-    def index_flops(self, tokens: int, layer: Attention) -> float:
-        block = self.sizes(tokens)[0]
+    def index_flops(self, tokens: int, layer: Attention, learned: Mapping[str, Tensor]) -> float:
+        block = self.blocks_of(tokens)[0]
         return 2.0 * layer.heads * layer.head_dim * (block * tokens + (tokens / block) ** 2 / 2)
 
 

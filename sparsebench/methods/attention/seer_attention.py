@@ -16,9 +16,10 @@ form for decoding (SeerAttention-R) is not here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf, isclose
 from typing import Any, ClassVar, Self
 
 import torch
@@ -28,7 +29,8 @@ from transformers import PreTrainedModel
 from sparsebench.costs.flops import Attention, attention_of
 from sparsebench.declare import Taxonomy, method, option
 from sparsebench.errors import UserError
-from sparsebench.methods.attention.base import FittedMethod, block_of, extents, heads_of
+from sparsebench.methods.attention.base import block_of, extents, heads_of
+from sparsebench.methods.attention.fitted import FittedMethod
 from sparsebench.methods.attention.gates import (
     block_rotary,
     by_share,
@@ -41,7 +43,7 @@ from sparsebench.methods.attention.gates import (
 from sparsebench.methods.attention.selections import Heads, Selection, block_sparsity, blocks
 from sparsebench.methods.base import Surroundings
 from sparsebench.methods.weights.perp import Windows
-from sparsebench.models.plug import Allowed, Call, Handler, check_rotary, plugged, reach
+from sparsebench.models.plug import Allowed, Call, Handler, check_rotary, plugged, reach, rotates
 from sparsebench.trainer import Batch, Hook, TrainConfig, Trainer
 
 
@@ -79,7 +81,7 @@ class SeerAttention(FittedMethod):
     block_size: int | None = option(None, "tokens of a block; 64, or less for short calibration sequences", low=1)
     gate_hidden_size: int | None = option(None, "width of the gate; the head size, at most 128", low=2)
     force_double: bool = option(False, "queries have a matrix even where the gate is as wide as a head")
-    last_block_dense: bool = option(True, "threshold: the last two rows of blocks are dense")
+    last_block_dense: bool = option(True, "the last two rows of blocks are dense", only="threshold")
     force_diagonal: bool = option(False, "always compute a query block's own keys")
     steps: int = option(200, "training steps of the gate", low=1)
     batch: int = option(4, "sequences per training step", low=1)
@@ -89,6 +91,7 @@ class SeerAttention(FittedMethod):
                                         low=0.0, below=1.0)  # fmt: skip
 
     knobs: ClassVar[tuple[str, ...]] = ("threshold", "nz_ratio")
+    sizes: ClassVar[tuple[str, ...]] = ("block_size",)
 
     def check_model(self, model: PreTrainedModel) -> None:
         if self.threshold is not None and self.nz_ratio is not None:
@@ -99,9 +102,18 @@ class SeerAttention(FittedMethod):
             raise UserError(f"{self.name('gate_type')}: must be Q and K with max, min, avg: Qavg_Kmaxminavg") from None
         if self.gate_hidden_size is not None and self.gate_hidden_size % 2:
             raise UserError(f"{self.name('gate_hidden_size')}: must be even, halves are rotated")
-        if _base(model):
-            check_rotary(reach(model)[0])
+        turning = [module for module in reach(model) if rotates(module)]
+        for module in turning:
+            check_rotary(module)
+        if turning and _base(model) is None:
+            raise UserError(f"model: the config of {type(model).__name__} does not name its rotary base (rope_theta)")
         super().check_model(model)
+
+    def leaves_out(self, tokens: int) -> bool:
+        if self.block_size is None:
+            return True
+        dense_rows = self.threshold is not None and self.last_block_dense
+        return -(-tokens // self.block_size) > (3 if dense_rows else 1)  # the first row is one block, which is taken
 
     def shapes(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
         layers = attention_of(model)
@@ -116,6 +128,24 @@ class SeerAttention(FittedMethod):
                 found[f"gates.{index}.q"] = (heads, query, gate)
         return found
 
+    def fault(self, learned: Mapping[str, Tensor], model: PreTrainedModel) -> str | None:
+        size, base, own = float(learned["block_size"]), float(learned["rope_base"]), _base(model) or 0.0
+        most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or inf
+        if size != int(size) or not 1 <= size <= most:
+            return f"block_size is {size:g}; must be a whole number >= 1 and <= {most} (the model's context)"
+        if self.block_size not in (None, size):
+            return f"its gate has a block_size of {size:g}, not {self.block_size}"
+        if not isclose(base, own, rel_tol=1e-6):
+            return f"rope_base is {base:g}; the model's is {own:g}"
+        whole = [name for name, one in learned.items() if name.startswith("gates.") and not one.is_floating_point()]
+        if whole:
+            return f"{whole[0]} is {learned[whole[0]].dtype}, not of floating point"
+        kind = learned.get("gate_type")  # older files have none
+        if kind is None or kind.tolist() == _text(self.gate_type).tolist():
+            return None
+        said = bytes(kind.tolist()).decode(errors="replace") if kind.dtype == torch.uint8 and kind.dim() == 1 else kind
+        return f"its gate has gate_type={said!r}, not {self.gate_type}"
+
     def learn(self, around: Surroundings) -> dict[str, Tensor]:
         windows, model = around.calibration(), around.loaded.model
         length = windows.shape[1] - 1
@@ -124,7 +154,11 @@ class SeerAttention(FittedMethod):
         start = {
             name: _xavier(shape, generator) for name, shape in self.shapes(model).items() if name.startswith("gates.")
         }
-        fixed = {"block_size": torch.tensor(size), "rope_base": torch.tensor(_base(model) or 0.0)}
+        fixed = {
+            "block_size": torch.tensor(size),
+            "rope_base": torch.tensor(_base(model) or 0.0),
+            "gate_type": _text(self.gate_type),
+        }
         distilled = Distilled(model, start, fixed, self).to(around.loaded.device)
         config = TrainConfig(
             steps=self.steps,
@@ -154,7 +188,7 @@ class SeerAttention(FittedMethod):
             for name in "qk"
             if (where := f"gates.{heads.layer}.{name}") in learned
         }
-        size, base = int(learned["block_size"]), float(learned["rope_base"])
+        size, base = int(learned["block_size"]), float(learned["rope_base"]) if heads.rotates else 0.0
         query, key = heads.before_rotary() if base else (heads.query, heads.key)
         count, width = -(-heads.tokens // size), weights["k"].shape[-1]
         rotary = block_rotary(count, size, width, base, query.device) if base else None
@@ -174,14 +208,17 @@ class SeerAttention(FittedMethod):
         found.extra = extra
         return found
 
-    def index_flops(self, tokens: int, layer: Attention) -> float:
+    def index_flops(self, tokens: int, layer: Attention, learned: Mapping[str, Tensor]) -> float:
         """The gate's matrices on pooled vectors, and products of all pairs of blocks."""
-        count = tokens / block_of(self.block_size, 64, tokens)
-        gate = self.gate_hidden_size or min(128, layer.head_dim)
-        query, key = (len(kinds) * layer.head_dim for kinds in pools_of(self.gate_type))
-        plain = query == layer.head_dim == gate and not self.force_double
-        maps = layer.heads * key if plain else layer.heads * query + layer.kv_heads * key
-        return 2.0 * count * gate * maps + 2.0 * layer.heads * gate * count**2 / 2
+        count = tokens / int(learned["block_size"])
+        maps = [learned[name] for name in ("gates.0.q", "gates.0.k") if name in learned]  # alike in all layers
+        gate = maps[-1].shape[-1]
+        return 2.0 * count * sum(one.numel() for one in maps) + 2.0 * layer.heads * gate * count**2 / 2
+
+
+def _text(text: str) -> Tensor:
+    """(bytes,) uint8: a text among tensors."""
+    return torch.tensor([*text.encode()], dtype=torch.uint8)
 
 
 def _xavier(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

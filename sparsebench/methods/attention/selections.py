@@ -18,7 +18,7 @@ from torch import Tensor
 class Heads:
     """The heads of one layer on one prompt, padding cut off. ``query``: (H, N, d), ``key``, ``value``: (K, N, d),
     rotated; ``before_rotary``: gives both query and key as they were before the rotary embedding; ``learned``: what
-    the method learned from calibration data."""
+    the method learned from calibration data; ``rotates``: whether the layer has a rotary embedding."""
 
     layer: int
     query: Tensor
@@ -27,6 +27,7 @@ class Heads:
     scaling: float
     before_rotary: Callable[[], tuple[Tensor, Tensor]]
     learned: Mapping[str, Tensor] = field(default_factory=dict)
+    rotates: bool = True
 
     @property
     def tokens(self) -> int:

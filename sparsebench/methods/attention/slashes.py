@@ -34,6 +34,13 @@ def slash_scores(heads: Heads, rows: int) -> SlashScores:
     return SlashScores(weights.sum(dim=1), slash)
 
 
+def room(tokens: int, verticals: int, slashes: int, size: int) -> bool:
+    """Whether the first ``verticals`` columns and the nearest ``slashes`` diagonals, in tiles, leave anything out: the
+    last query tile's range begins ``slashes`` + ``size`` - 1 keys before its end."""
+    end = -(-tokens // size) * size
+    return end - size - (slashes - 1) > verticals if slashes else tokens > verticals
+
+
 def ranks(scores: Tensor, forced: int) -> Tensor:
     """The place of each entry from the best (0) on, per head: (H, N) int64. The first ``forced`` entries come first."""
     scores = scores.clone()

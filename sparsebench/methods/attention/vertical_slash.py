@@ -10,15 +10,18 @@ prompts. ``sparsity_reported`` charges whole tiles, also their acausal half; ach
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from sparsebench.costs.flops import Attention
 from sparsebench.declare import Taxonomy, method, option
 from sparsebench.errors import UserError
 from sparsebench.methods.attention.base import AttentionMethod, block_of, scaled
 from sparsebench.methods.attention.selections import Heads, Selection
-from sparsebench.methods.attention.slashes import ranks, slash_scores, slash_tiles
+from sparsebench.methods.attention.slashes import ranks, room, slash_scores, slash_tiles
 
 
 @method(
@@ -52,6 +55,7 @@ class VerticalSlash(AttentionMethod):
 
     knobs: ClassVar[tuple[str, ...]] = ("vertical_size", "slash_size")
     within: ClassVar[tuple[str, ...]] = ("approximation_size",)
+    sizes: ClassVar[tuple[str, ...]] = ("forced_verticals", "forced_slashes", "tile_size")
 
     def check_model(self, model: Any) -> None:
         if (self.vertical_size is None) != (self.slash_size is None):
@@ -71,6 +75,10 @@ class VerticalSlash(AttentionMethod):
                 f"prompt of {tokens} tokens; forced_slashes= changes that)"
             )
 
+    def leaves_out(self, tokens: int) -> bool:
+        least = max(self.forced_verticals, self._forced(tokens))  # of both sizes
+        return room(tokens, self.forced_verticals, least, block_of(self.tile_size, 64, tokens))
+
     def estimate(self, heads: Heads) -> Any:
         scores = slash_scores(heads, self._rows(heads.tokens))
         return ranks(scores.vertical, self.forced_verticals), ranks(scores.slash, self._forced(heads.tokens))
@@ -88,7 +96,7 @@ class VerticalSlash(AttentionMethod):
         found.extra = {"vertical_size": float(wide), "slash_size": float(knob)}
         return found
 
-    def index_flops(self, tokens: int, layer: Attention) -> float:
+    def index_flops(self, tokens: int, layer: Attention, learned: Mapping[str, Tensor]) -> float:
         return 2.0 * layer.heads * self._rows(tokens) * tokens * layer.head_dim
 
     def _rows(self, tokens: int) -> int:

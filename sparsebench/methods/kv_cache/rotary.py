@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsebench.errors import UserError
-from sparsebench.models.plug import check_rotary, reach
+from sparsebench.models.plug import check_rotary, reach, rotates
 
 Tables = Callable[[Tensor], tuple[Tensor, Tensor] | None]
 
@@ -32,8 +32,14 @@ def turned(x: Tensor, steps: Tensor, tables: Tables) -> Tensor:
     return torch.cat([out.to(x.dtype), rest], dim=-1)
 
 
-def needs_rotary(model: PreTrainedModel, what: str) -> None:
-    """UserError beginning with ``what`` where the model's positions are not rotary, or are rotated in another way."""
+def needs_rotary(model: PreTrainedModel, what: str, everywhere: bool = True) -> None:
+    """UserError beginning with ``what`` where the model's positions are not rotary, or are rotated in another way;
+    also where only some layers have them, if they must ``everywhere``."""
     if not any(name.endswith("rotary_emb") for name, _ in model.named_modules()):
         raise UserError(f"{what}: {type(model).__name__} has no rotary positions")
-    check_rotary(reach(model)[0])
+    modules = reach(model)
+    turning = [rotates(module) for module in modules]
+    if everywhere and not all(turning):
+        plain = ", ".join(str(index) for index, turns in enumerate(turning) if not turns)
+        raise UserError(f"{what}: {type(model).__name__} has no rotary positions in layers {plain}")
+    check_rotary(modules[0])

@@ -79,7 +79,7 @@ class StreamingLlm(Evictor):
         if self.recent is not None and self.budget is not None:
             raise UserError(f"{self.name('recent')}: goes without {self.name('budget')}")
         if self.positions == "cache":
-            needs_rotary(model, self.name("positions"))
+            needs_rotary(model, self.name("positions"), everywhere=False)
 
     def before(self, now: Entries) -> None:
         call = now.call

@@ -74,7 +74,7 @@ def scoped_layers(model: nn.Module, method: WeightMethod, seed: int) -> list[lis
     return found
 
 
-def _check_linear(blocks: Sequence[nn.Module]) -> None:
+def _check_linear(blocks: nn.ModuleList) -> None:
     """UserError when the model has no linear layers at all, such as GPT-2, which has its own kind."""
     modules = [one for block in blocks for one in block.modules()]
     if not any(isinstance(one, nn.Linear) for one in modules):

@@ -8,6 +8,7 @@ refuses models whose attention it cannot get at.
 
 from sparsebench.models.plug.attach import plugged, reach
 from sparsebench.models.plug.cache import PositionCache, PositionLayer
-from sparsebench.models.plug.call import Allowed, Call, Handler, Work, check_rotary
+from sparsebench.models.plug.call import Allowed, Call, Handler, Work, check_rotary, rotates
 
-__all__ = ["Allowed", "Call", "Handler", "PositionCache", "PositionLayer", "Work", "check_rotary", "plugged", "reach"]
+__all__ = ["Allowed", "Call", "Handler", "PositionCache", "PositionLayer", "Work", "check_rotary", "plugged", "reach",
+           "rotates"]  # fmt: skip

@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from sparsebench.errors import UserError
 from sparsebench.models import caching
 from sparsebench.models.plug.cache import PositionCache
-from sparsebench.models.plug.call import Allowed, Call, Handler, Rotary, Work
+from sparsebench.models.plug.call import Allowed, Call, Handler, Rotary, Work, left_out
 
 NAME = "sparsebench"
 # Logits computed in one piece, more queries come in several: pieces that stay in the cache are more than twice as fast
@@ -52,7 +52,8 @@ class Plug:
             raise UserError(f"model: its cache of class {type(given).__name__} is out of the methods' reach")
         call = Call(
             int(module.layer_idx),  # type: ignore[arg-type]
-            module, query, key, value, told["hidden_states"], told.get("position_embeddings"),
+            module, query, key, value, told["hidden_states"],
+            None if left_out(module) else told.get("position_embeddings"),
             told.get("position_ids"), _as_bool(slots), scaling, cache, self.rotate_at,
         )  # fmt: skip
         if cache is not None and module is self.modules[0] and call.position_ids is not None:

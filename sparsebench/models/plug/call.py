@@ -28,7 +28,7 @@ class Call:
 
     ``query``: (B, H, T, D) and ``key``, ``value``: (B, K, S, D), rotated, the new tokens last; ``hidden``: (B, T,
     hidden size), what the projections saw (normed); ``rotary``: cos and sin of the new tokens, each (B or 1, T, rotated
-    channels), None for models without; ``position_ids``: (B or 1, T) their rotary positions, None if the model gives
+    channels), None for layers without; ``position_ids``: (B or 1, T) their rotary positions, None if the model gives
     none; ``slots``: (B, 1, T, L) bool, which positions each query sees in the dense model; ``key_positions``: (B, K, S)
     int64; ``layer``: the cache layer, already holding the new tokens, None without a cache; ``weights``: (B, H, T, S)
     float32 for ``Handler.after`` if a handler wants them."""
@@ -128,6 +128,17 @@ def _turn_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     low, high = turned.chunk(2, dim=-1)
     back = turned * cos + torch.cat([high, -low], dim=-1) * sin
     return torch.cat([back / (cos * cos + sin * sin), rest], dim=-1)
+
+
+def rotates(module: nn.Module) -> bool:
+    """Whether an attention module turns queries and keys by their positions."""
+    return not left_out(module) and any("rotary" in name.lower() for name in vars(sys.modules[type(module).__module__]))
+
+
+def left_out(module: nn.Module) -> bool:
+    """Whether this layer has no rotary embedding though others of its model do (SmolLM3): it is told one all the
+    same."""
+    return not getattr(module, "use_rope", True)
 
 
 def check_rotary(module: nn.Module) -> None:
