@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas
@@ -288,3 +288,19 @@ def test_who_is_ahead_names_everyone_who_is() -> None:
 def test_an_exclusion_in_words() -> None:
     rule = {"task.protocol": ["windows"], "method": ["quest", "snapkv"]}
     assert facts.condition(rule) == "task.protocol=windows with method=quest or snapkv"
+
+
+def test_a_benchmarks_own_score_stands_beside_that_benchmark_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = dict.fromkeys(published.COLUMNS, "") | {"method": "dense", "dataset": "LongBench average"}
+    rows = [theirs | {"metric": "score", "value": 40.0}, theirs | {"metric": "accuracy", "value": 0.5}]
+    ours = {"base": "dense", "pattern": "unstructured", "requested": 0.0, "score": 0.9, "model": "tiny_1m"}
+    levels = pandas.DataFrame(
+        [ours | {"task": task, "metric": metric}
+         for task, metric in (("sf_niah", "score"), ("longbench", "score"), ("tinyworld", "accuracy"))]
+    )  # fmt: skip
+    monkeypatch.setattr(published, "load", lambda papers: pandas.DataFrame(rows))
+    monkeypatch.setattr(published, "papers_of", lambda sweep: [])
+    found = published.beside(cast(Any, None), levels)
+    assert list(zip(found["metric"], found["our_task"], strict=True)) == [
+        ("score", "longbench"), ("accuracy", "tinyworld"),
+    ]  # fmt: skip
