@@ -84,6 +84,8 @@ class Workspace:
         key = f"{group}={name}"
         if key not in self.composed:
             content = self._compose({group: [name]})[group]
+            if group == "method" and name not in content:
+                raise UserError(f"method={name}: {name}.yaml must begin with the line '# @package method.{name}'")
             self.composed[key] = content[name] if group == "method" else content
         return deepcopy(self.composed[key] or {})
 
@@ -335,7 +337,8 @@ class _Resolver:
         return declaration, Part(kind, label, name, declaration.version, options, changed, files=files)
 
     def _given(self, prefix: str, specs: Mapping[str, Option], own: dict[str, Any]) -> dict[str, Any]:
-        """The values given for one choice, checked. What has no effect beside ``own`` and them is noted instead."""
+        """The values given for one choice, checked. What has no effect beside ``own`` and them is noted instead: it
+        makes no other run."""
         found: dict[str, Any] = {}
         for key, value in ((k, v) for k, v in self.values if k.startswith(f"{prefix}.")):
             name = key.removeprefix(f"{prefix}.")

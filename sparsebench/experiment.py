@@ -68,9 +68,10 @@ class Experiment:
         from sparsebench.costs.lengths import Lengths
         from sparsebench.costs.timing import Peak
         from sparsebench.tasks.base import Evaluation
+        from sparsebench.tasks.decoding import fillers
 
         fields: dict[str, Any] = {}
-        given = Lengths()
+        given = Lengths(fillers(fitting.loaded))
         rows: dict[str, Any] = {"layers": [], "samples": [], "config": run.to_dict()}
         how = Evaluation(run.options.batch_size, partial(self.progress, "evaluate"))
         metric = self.workspace.catalogue.get("task", run.task.name).metric

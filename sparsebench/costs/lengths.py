@@ -20,8 +20,11 @@ from sparsebench.models import caching
 class Lengths:
     """Sums over the rows that a watched model was given: ``prompts`` with ``read`` tokens in all, and ``decoded``
     tokens with ``before`` tokens before them in all. A prompt is what nothing precedes, one token or many; whatever is
-    run behind a cache is decoded. Padding that a mask tells is left out."""
+    run behind a cache is decoded, drafts and what is read to correct them too. Padding that a mask tells is left out.
+    So is one of ``fillers`` (ids that end a text) that is decoded by itself: a text that has ended is fed them until
+    all of its batch have, and the batch size must not matter."""
 
+    fillers: frozenset[int] = frozenset()
     prompts: int = 0
     read: int = 0
     decoded: int = 0
@@ -62,6 +65,8 @@ class Lengths:
             self.prompts += rows
             self.read += sum(new)
             return
+        if tokens == 1 and ids.dim() == 2:
+            new = [0 if one in self.fillers else n for one, n in zip(ids[:, 0].tolist(), new, strict=True)]
         behind = [past] * rows if mask is None else mask[:, :past].sum(dim=1).tolist()
         self.decoded += sum(new)
         self.before += sum(n * p + n * (n - 1) // 2 for n, p in zip(new, behind, strict=True))

@@ -240,11 +240,11 @@ def _front_points(drawn: Drawn, axes: Axes, own: DataFrame, cost: str, name: str
 
 
 def cost_axis(axes: Axes, values: Any) -> None:
-    """Plain numbers along the axis, which is logarithmic where the positive ``values`` differ enough to need it."""
+    """Plain numbers along the axis, logarithmic where ``values``, all positive, differ enough to need it."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     low, high = float(values.min()), float(values.max())
-    if high / low > _WIDE:
+    if low > 0 and high / low > _WIDE:
         axes.set_xscale("log")
         steps = (1, 2, 5) if high / low < 300 else (1,)
         axes.set_xticks([k * 10.0**e for e in range(-6, 16) for k in steps if low * 0.9 <= k * 10.0**e <= high * 1.1])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsebench.analysis import curves
+from sparsebench.analysis.statistics import Array
 from sparsebench.reports.data import DENSE, is_logged
 
 if TYPE_CHECKING:
@@ -48,18 +49,16 @@ def pooled(points: DataFrame, costs: Sequence[str]) -> DataFrame:
         means = {name: float(own[name].mean()) for name in ("achieved", "quality", "score", *costs)}
         errors = own["se"].to_numpy(float)
         se = float(np.sqrt((errors**2).sum()) / len(own))
-        widths = np.where(
-            errors > 0, 1.96 * errors, own["ci_high"] - own["ci_low"]
-        )  # of no spread: the rule of three's
-        half = float(np.sqrt((widths**2).sum()) / len(own))
-        low, high = means["score"] - half, means["score"] + half
-        if is_logged(str(first["metric"])):
-            means["score"], low, high = (float(np.exp(-means["quality"] + one)) for one in (0.0, -half, half))
+        logged = is_logged(str(first["metric"]))
+        down, up = (_reach(errors, None if logged else abs(own[end] - own["score"])) for end in ("ci_low", "ci_high"))
+        low, high = means["score"] - down, means["score"] + up
+        if logged:
+            means["score"], low, high = (float(np.exp(-means["quality"] + one)) for one in (0.0, -down, up))
         same = {name: first[name] for name in ("model", "method", "requested", "pattern", "base", "metric", "better")}
         rows.append(
             {
                 **same, **means, "task": key[0], "se": se, "tasks": len(own), "n": int(own["n"].sum()),
-                "ci_low": low, "ci_high": high, "interval": "normal" if np.isfinite(half) else "unknown",
+                "ci_low": low, "ci_high": high, "interval": "normal" if np.isfinite(down + up) else "unknown",
                 "seeds": int(first["seeds"]), "hollow": False, "flags": "",
                 "run_ids": [one for ids in own["run_ids"] for one in ids],
             }
@@ -122,3 +121,11 @@ def safe_over_tasks(safe: DataFrame) -> DataFrame:
             row |= {f"{rule}_{name}": found[name] for name in ("mean", "std", "minimum", "task")}
         rows.append(row)
     return DataFrame(rows)
+
+
+def _reach(errors: Array, ends: Any) -> float:
+    """How far the interval of a mean of independent tasks reaches to one side. ``errors``: their standard errors;
+    ``ends``: how far their own intervals reach, which end where scores do, and are all there is without a spread."""
+    alone = np.full_like(errors, np.nan) if ends is None else np.asarray(ends, float)
+    each = np.where(errors > 0, np.fmin(1.96 * errors, alone), alone)
+    return float(np.sqrt((each**2).sum()) / len(each))

@@ -58,7 +58,7 @@ def beside(sweep: SweepData, levels: DataFrame) -> DataFrame:
 def _same_point(levels: DataFrame, theirs: dict[str, Any]) -> DataFrame:
     own = levels[(levels["base"] == theirs["method"]) & (levels["metric"] == theirs["metric"])]
     if theirs["metric"] == "score":  # every benchmark calls its own so
-        benchmark = str(theirs["dataset"]).split()[0].lower()
+        benchmark = str(theirs["dataset"]).lower().partition(" ")[0]
         own = own[[benchmark in str(task).lower() for task in own["task"]]]
     if theirs["method"] == DENSE:
         return own

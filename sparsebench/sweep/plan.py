@@ -86,7 +86,8 @@ def _made(workspace: Workspace, sweep: Sweep) -> Plan:
                 errors.setdefault(str(error))
             continue
         planned = _planned(run, {name: one for name, one in point.items() if name not in own.errors}, content)
-        fits = _excluded(sweep, planned.point)
+        # rules are about what the grid says, also where a run has no use for it
+        fits = _excluded(sweep, planned.point | {name: one for name, one in point.items() if name in own.errors})
         hits.update(fits)
         if not fits:
             found.setdefault(planned.run_id, planned)

@@ -122,6 +122,12 @@ def end_tokens(loaded: LoadedModel) -> set[int]:
     return {int(one) for one in found | {loaded.tokenizer.eos_token_id} if one is not None}
 
 
+def fillers(loaded: LoadedModel) -> frozenset[int]:
+    """The ids that a row is fed when its text has ended and others of its batch have not."""
+    pad = loaded.tokenizer.pad_token_id
+    return frozenset(end_tokens(loaded) | ({int(pad)} if pad is not None else set()))
+
+
 def _completes(loaded: LoadedModel, ids: list[int], stop: Sequence[str]) -> bool:
     """Whether the text's end holds a stop text; looks back far enough for one id a character."""
     if not stop:

@@ -52,11 +52,31 @@ def test_generation_is_one_prompt_and_single_tokens(model):
     assert given.decoded == 3 and given.decode == 8
 
 
+def test_a_text_that_has_ended_is_not_decoded(model):
+    given = Lengths(fillers=frozenset({0}))
+    with torch.no_grad(), given.watched(model):
+        _, cache = caching.read(model, torch.ones(2, 6, dtype=torch.long))
+        caching.read(model, torch.tensor([[1], [0]]), cache)  # the second row has ended
+        caching.read(model, torch.tensor([[1], [0]]), cache)
+    assert (given.decoded, given.decode) == (2, 6.5)
+
+
+def test_lengths_do_not_depend_on_the_batch(command: Command):
+    words = ["method=dense", "model=tiny_reasoner", "task=reasoning", "task.samples=6"]
+    one, all_ = (command(*words, f"batch_size={rows}", "force=true").records[-1] for rows in (1, 16))
+    assert one["cost_length_decode"] == all_["cost_length_decode"] and one["flops_decode"] == all_["flops_decode"]
+
+
 def test_a_window_counts_whole_though_its_last_token_is_only_predicted():
     said = Outcome({}, notes={"context": 256})
-    assert lengths(said, Lengths(2, 510)) == {"cost_length": 256, "cost_length_decode": 256}
-    assert lengths(said, Lengths(2, 80, 4, 600)) == {"cost_length": 40, "cost_length_decode": 150}
-    assert lengths(said, Lengths()) == {"cost_length": 256, "cost_length_decode": 256}, "a streamed model"
+    assert lengths(said, Lengths(prompts=2, read=510)) == {"cost_length": 256, "cost_length_decode": 256}
+    assert lengths(said, Lengths(prompts=2, read=80, decoded=4, before=600)) == {
+        "cost_length": 40,
+        "cost_length_decode": 150,
+    }
+    assert lengths(said, Lengths()) == {"cost_length": 256, "cost_length_decode": 256}, (
+        "a task that never calls the model"
+    )
     assert lengths(Outcome({}), Lengths()) == {}
 
 

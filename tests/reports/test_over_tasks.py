@@ -63,8 +63,9 @@ def test_the_mean_over_tasks_stands_for_what_every_task_has() -> None:
         se=np.where(sure, 0, table["se"]), ci_low=np.where(sure, table["score"] - 0.06, table["ci_low"])
     )
     flat = flat.assign(ci_high=np.where(sure, table["score"], table["ci_high"]))
-    width = over_tasks.pooled(flat, []).eval("ci_high - ci_low").iloc[0]
-    assert width == pytest.approx(np.hypot(1.96 * 0.03, 0.06)), "no spread is not no doubt"
+    own = over_tasks.pooled(flat, []).iloc[0]
+    assert own["score"] - own["ci_low"] == pytest.approx(np.hypot(1.96 * 0.03, 0.06) / 2), "no spread is not no doubt"
+    assert own["ci_high"] - own["score"] == pytest.approx(1.96 * 0.03 / 2), "what is full cannot be more"
     few = over_tasks.pooled(flat.assign(ci_low=flat["ci_low"].mask(sure)), [])
     assert set(few["interval"]) == {"unknown"} and few["ci_low"].isna().all()
     logged = table.assign(metric="perplexity", better="lower", quality=-table["score"], score=np.exp(table["score"]))

@@ -51,10 +51,10 @@ class ScoredInputs(FittedMethod):
         "uniform", "one level for all projections, or greedily within each block", choices=("uniform", "greedy")
     )
     base_step: float = option(
-        0.05, "allocation=greedy: sparsity that a projection of q's size gains in a step", above=0.0, high=1.0
+        0.05, "sparsity that a projection of q's size gains in a step", above=0.0, high=1.0, only="allocation=greedy"
     )
     last_fraction: float = option(
-        0.25, "allocation=greedy: share of the positions, at the end, whose error counts", above=0.0, high=1.0
+        0.25, "share of the positions, at the end, whose error counts", above=0.0, high=1.0, only="allocation=greedy"
     )
     projections: tuple[str, ...] = option(
         ("q", "k", "v", "o", "gate", "up", "down"), "the linear layers whose input is gated"

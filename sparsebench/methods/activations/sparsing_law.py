@@ -104,8 +104,8 @@ class SparsingLaw(FittedMethod):
     fat_eps: float | None = option(
         None, "metric=fat: activations of the gate below it are dropped", low=0.0, unit="instead of sparsity"
     )
-    topk_scope: str = option("tensor", "metric=topk: what is ranked: a sequence's tokens, or each by itself",
-                             choices=("tensor", "token"))  # fmt: skip
+    topk_scope: str = option("tensor", "what is ranked: a sequence's tokens, or each by itself",
+                             choices=("tensor", "token"), only="metric=topk")  # fmt: skip
     tol: float = option(1e-6, "width of the last interval of the bisection", low=1e-9, high=0.1)
     grid: int = option(65536, "thresholds that a layer chooses from", low=16, high=4_194_304)
     hi_quantile: float = option(0.99, "quantile of the magnitudes that is the highest threshold", above=0.0, high=1.0)

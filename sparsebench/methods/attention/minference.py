@@ -37,7 +37,7 @@ from sparsebench.methods.attention.base import block_of, extents, heads_of, scal
 from sparsebench.methods.attention.block_sparse import pooled
 from sparsebench.methods.attention.fitted import FittedMethod
 from sparsebench.methods.attention.selections import Band, Heads, PerHead, Selection, blocks, causal, masked_softmax
-from sparsebench.methods.attention.slashes import Lines, ranks, room, slash_scores, slash_tiles
+from sparsebench.methods.attention.slashes import Lines, ranks, slash_scores, slash_tiles
 from sparsebench.methods.base import Surroundings
 from sparsebench.models.plug import Allowed, Call, Handler, plugged
 
@@ -95,18 +95,12 @@ class MInference(FittedMethod):
 
     knobs: ClassVar[tuple[str, ...]] = ("ratio",)
     within: ClassVar[tuple[str, ...]] = ("last_q",)
-    sizes: ClassVar[tuple[str, ...]] = ("forced_verticals", "forced_slashes", "block_size")
 
     def check_model(self, model: PreTrainedModel) -> None:
         layers = len(attention_of(model))
         if self.starting_layer >= layers:
             raise UserError(f"{self.name('starting_layer')}: must be below the {layers} layers of the model")
         super().check_model(model)
-
-    def leaves_out(self, tokens: int) -> bool:
-        # by the heads of verticals and slashes, whose sizes these are
-        least = _least(tokens, self.forced_verticals, self.forced_slashes)
-        return room(tokens, *least, block_of(self.block_size, 64, tokens))
 
     def shapes(self, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
         layers = attention_of(model)

@@ -85,7 +85,7 @@ class PbsAttn(AttentionMethod):
     def leaves_out(self, tokens: int) -> bool:
         block, segment = self.blocks_of(tokens)
         before = (tokens - 1) // segment * segment // block  # blocks before the last segment
-        return before > 1 + int(self.force_first)  # a row takes one at least
+        return before > 1  # a row takes one at least, the first where it is forced may be that one
 
     def blocks_of(self, tokens: int) -> tuple[int, int]:
         """Tokens of a block and of a segment."""

@@ -54,7 +54,9 @@ class SCBench(Declared):
         True, "multi_turn: right answers stand in the context of later turns, not the model's"
     )
     ask_again: bool = option(
-        True, "multi_turn, one-token answers: put question 1 again, so that the kept cache answers it, not the prefill"
+        True,
+        "one-token answers: put question 1 again, so that the kept cache answers it, not the prefill",
+        only="mode=multi_turn",
     )
     turns: int = option(5, "questions of a session", low=1, high=8)
     samples: int = option(64, "sessions", low=1, high=100_000)

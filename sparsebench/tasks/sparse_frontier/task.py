@@ -78,9 +78,9 @@ class SparseFrontier(Declared):
     seed: int = option(43, "sample i is drawn with seed + i; never the run's seed", low=0, high=100_000_000)
     protocol: str = option(
         "windows",
-        "one forward per document, or context first and the question through the cache",
+        "one forward per document, or context first and the question through the cache; natural: what is studied,"
+        " prompts or answers, as there are both in any case",
         choices=("windows", "continuation"),
-        only="form=tinyworld",
     )
     max_new: int = option(1024, "most tokens of an answer", low=1, high=65_536, only="form=natural")
     file: str | None = option(
