@@ -59,7 +59,7 @@ def _same_point(levels: DataFrame, theirs: dict[str, Any]) -> DataFrame:
     own = levels[(levels["base"] == theirs["method"]) & (levels["metric"] == theirs["metric"])]
     if theirs["metric"] == "score":  # every benchmark calls its own so
         benchmark = str(theirs["dataset"]).lower().partition(" ")[0]
-        own = own[[benchmark in str(task).lower() for task in own["task"]]]
+        own = own[own["task"].astype(str).str.lower().str.contains(benchmark, regex=False)]
     if theirs["method"] == DENSE:
         return own
     own = own[(own["requested"] - float(theirs["sparsity"])).abs() <= _NEAR]
