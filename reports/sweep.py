@@ -369,16 +369,13 @@ else:
                         "Largest safe sparsity of each method and model on each task by two rules")  # fmt: skip
     over = over_tasks.safe_over_tasks(safe)
     if (over["tasks"] > 1).any():
-        show.table(over, "safe_over_tasks", "Safe levels over the tasks of a setting (a task without one counts 0): "
-                   f"mean, std, and the minimum with its task, by each rule, {source}.")  # fmt: skip
+        show.table(over, "safe_over_tasks", "Safe levels over the tasks of a setting (a task that fails at once "
+                   "counts 0): mean, std, and the minimum with its task, by each rule. Tasks with too few samples to "
+                   f"tell are left out of non_inferior; decided: how many tasks are in it, {source}.")  # fmt: skip
     show.table(safe, "safe", f"The largest sparsity that keeps the quality, {source}.", digits={"n": ".0f"})
-    floor = (
-        safe.fillna({"non_inferior": 0})
-        .groupby("method", sort=False)["non_inferior"]
-        .agg(["mean", "min"])
-        .reset_index()
-    )
-    show.table(floor, "safe_minimum", "Non-inferior level over models and tasks: the minimum is what can be relied on.")
+    show.table(over_tasks.safe_minimum(safe), "safe_minimum", "Non-inferior level over models and tasks (0: fails at "
+               "once), over the decided of all cells: the others were not tested or have too few samples to tell. "
+               "Where all are decided, the minimum is what can be relied on.")  # fmt: skip
 
 # %% [markdown] costs
 # ## Costs
@@ -449,7 +446,8 @@ else:
 # %% [markdown] sizes
 # ### Which size for a cost
 # At each cost, the best quality that every model size reaches for no more with any method (interpolated along each
-# method's own curve). Dashed, with its 95% band: the cost at which two neighbouring sizes change places.
+# method's own curve; where all of a size's curves end, its best stays). Dashed, with its 95% band: the cost at which
+# two neighbouring sizes change places.
 
 # %% iso_cost
 frames = []
@@ -468,8 +466,8 @@ for task, own in usable.groupby("task", sort=False):
 if frames:
     crossed = pd.concat(frames)[["task", "axis", "model", "larger", "cost", "above", "low", "high", "share"]]
     show.table(crossed, "crossovers", "Costs at which two neighbouring sizes change places, and which is the better "
-               "above (empty: neither at a cost that both reach). With the 95% interval of the first one in that "
-               f"direction, and the share of resamples that have one, {source}.",
+               "above (empty: they do not, at any cost that affords both). With the 95% interval of the first one in "
+               f"that direction, and the share of resamples that have one, {source}.",
                digits={"cost": ",.4g", "low": ",.4g", "high": ",.4g", "share": ".3f"})  # fmt: skip
     operations = [name for name in have if name.startswith("flops_") and over_tasks.saves(usable, name)]
     equal = pd.concat(

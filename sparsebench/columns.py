@@ -52,12 +52,13 @@ def made(sparse: SparseModel) -> dict[str, Any]:
     }
 
 
-def sparsity(sparse: SparseModel, counted: Uses) -> dict[str, Any]:
-    """What was counted on the sparse model and while it ran. A stack over several targets has ``achieved`` of
-    its first one and a column for each."""
+def sparsity(sparse: SparseModel, counted: Uses, leading: str) -> dict[str, Any]:
+    """What was counted on the sparse model and while it ran. A stack over several targets has ``achieved`` of the
+    ``leading`` one, whose level is the run's, and a column for each."""
     weights = sparse.achieved
     found = [("weights", weights.scope)] if sparse.applied.layers or not counted else []
     found += [(attachment.target, use.achieved) for attachment, use in counted]
+    found.sort(key=lambda one: one[0] != leading)
     missed = [(a, use) for a, use in counted if a.asked is not None and abs(use.achieved - a.asked) > a.tolerance]
     warnings = [*sparse.warnings, *(text for _, use in counted for text in use.warnings)]
     warnings += [f"{a.method}: asked sparsity {a.asked:.6g}, achieved {use.achieved:.6g}" for a, use in missed]

@@ -58,12 +58,13 @@ class _Kernels:
         return len(self.replaced) + sum(len(use.layers) for use in self.attention or ())
 
     def attended(self) -> None:
-        """Once everything ran: says where attention did not on a kernel, and why."""
+        """Once everything ran: says where attention did not on a kernel, and why. Decoding never does: what is computed
+        of a prompt says nothing of it."""
         for use in self.attention or ():
             if use.refused:
                 self.warnings.append(f"attention by the reference: {use.refused}")
             else:
-                self.beside.discard("attention")
+                self.beside = self.beside - {"attention"} | {"attention while decoding"}
 
     def label(self, device: str) -> str:
         """Which kernels they are, for tensors of a kind of device."""

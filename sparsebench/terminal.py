@@ -11,7 +11,7 @@ from typing import Any
 
 from sparsebench.catalogue import Declaration
 from sparsebench.config import RUN_OPTIONS, Workspace
-from sparsebench.declare import Option
+from sparsebench.declare import TARGETS, Option
 from sparsebench.errors import UserError, closest
 from sparsebench.paths import data_folder
 
@@ -74,7 +74,10 @@ def summary(record: dict[str, Any], store: Path) -> str:
     lines = []
     if record.get("achieved") is not None:
         scope, model = record["achieved"], record["achieved_model"]
-        lines.append(f"sparsity   {scope:.4f} of the method's scope, {model:.4f} of the whole model")
+        stack = [f"{t} {v:.4f}" for t in TARGETS if (v := record.get(f"achieved_{t}")) is not None]
+        own = ", ".join(stack) if stack else f"{scope:.4f}"
+        scopes = "the methods' scopes" if stack else "the method's scope"
+        lines.append(f"sparsity   {own} of {scopes}, {model:.4f} of the whole model")
     if record.get("bits_average") is not None:
         average, layers = record["bits_average"], record["bits_of_layers"]
         lines.append(f"bits       {average:.3f} a parameter of the whole model (layers: {layers})")

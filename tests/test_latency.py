@@ -84,7 +84,8 @@ def test_blocks_of_attention_run_on_a_kernel(command: Command) -> None:
     answer = command(*prompt, *blocks, "kernel=auto")
     assert answer.code == 0, answer.err
     (record,) = answer.store.records()
-    assert (record["latency"], record["kernel_layers"], record["warnings"]) == ("measured", 2, None)
+    assert record["latency"] == "measured, but attention while decoding by the reference"
+    assert (record["kernel_layers"], record["warnings"]) == (2, None)
     assert record["kernel_error"] < 1e-5 and record["ms_prefill"] > 0
 
 

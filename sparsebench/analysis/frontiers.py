@@ -89,9 +89,10 @@ class Crossover(NamedTuple):
 
 
 def crossovers(small: Sequence[Line], large: Sequence[Line]) -> list[Crossover]:
-    """Where the better of two model sizes changes, in the range of costs that both reach."""
+    """Where the better of two model sizes changes, at costs that afford both: from the dearer of their cheapest points
+    to the last point of either. Where one size's curves end before, its best stays, as in ``best_at``."""
     ends = [np.log([np.min(np.concatenate(c)), np.max(np.concatenate(c))]) for c in map(_costs, (small, large))]
-    low, high = max(ends[0][0], ends[1][0]), min(ends[0][1], ends[1][1])
+    low, high = max(ends[0][0], ends[1][0]), max(ends[0][1], ends[1][1])
     if not low < high:
         return []
     knots = np.concatenate([np.linspace(low, high, _STEPS), np.log(np.concatenate([*_costs(small), *_costs(large)]))])

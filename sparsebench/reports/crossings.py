@@ -27,8 +27,8 @@ def crossings(points: DataFrame, cost: str, groups: Mapping[tuple[str, str], Pai
     its 95% interval, and ``share`` of the resamples that have one, of the first crossover in that direction.
 
     At every cost the best of a size for no more is taken over its methods' own curves, each with the dense model at its
-    end; nothing is interpolated between methods. ``points``: the levels of one task with ``cost``, quality, se and
-    run_ids.
+    end, and stays where they end; nothing is interpolated between methods. ``points``: the levels of one task with
+    ``cost``, quality, se and run_ids.
     """
     from pandas import DataFrame
 
@@ -58,10 +58,11 @@ def sizes(points: DataFrame, cost: str) -> list[str]:
 
 
 def best(points: DataFrame, model: str, cost: str) -> tuple[Array, Array]:
-    """The costs that a size reaches, and the best quality of it at each, both (steps,)."""
+    """Costs from the cheapest point of a size to the dearest of all sizes, and the best quality of it for no more than
+    each, both (steps,)."""
     lines = _at(_lines(points, model, cost), points["quality"].to_numpy(float))
     reached = np.concatenate([np.asarray(one[0], float) for one in lines])
-    at = np.unique(np.concatenate([reached, np.geomspace(reached.min(), reached.max(), 100)]))
+    at = np.unique(np.concatenate([reached, np.geomspace(reached.min(), points[cost].max(), 100)]))
     return at, frontiers.best_at(lines, at)
 
 

@@ -17,10 +17,11 @@ from sparsebench.analysis.statistics import Array
 from sparsebench.reports.data import DENSE, is_logged
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 MOST = 6  # task labels up to which each has its own figures of costs
 _ALL = "all tasks"
+_TOO_FEW = "n too small"  # how ``curves.non_inferior`` begins where the samples cannot tell
 _POINT = ["setting", "model", "method", "requested", "pattern"]
 
 
@@ -108,19 +109,42 @@ def equal_costs(points: DataFrame, cost: str, models: Sequence[str]) -> DataFram
 
 def safe_over_tasks(safe: DataFrame) -> DataFrame:
     """The safe levels of every model, method and setting over its tasks: mean, std, the minimum and the task it is of,
-    by both rules (a task without any safe level counts 0). ``safe``: of ``levels.safe``."""
+    by both rules. A task that fails at once counts 0; one with too few samples to tell is left out of non_inferior:
+    ``decided`` of the ``tasks`` have one (none: no numbers, no task). ``safe``: of ``levels.safe``."""
     from pandas import DataFrame
 
-    tested = safe[safe["n"].notna()]
+    tested = safe.assign(
+        non_inferior=_decided(safe), **{rule: safe[rule].fillna(0.0) for rule in ("not_worse", "largest_passing")}
+    )
+    tested = tested[tested["n"].notna()]
     tested = tested.assign(setting=tested["task"].map(setting_of), name=tested["task"].str.partition(" ")[0])
     rows: list[dict[str, Any]] = []
     for (model, method, setting), own in tested.groupby(["model", "method", "setting"], sort=False):
         row: dict[str, Any] = {"model": model, "method": method, "setting": setting, "tasks": len(own)}
+        row["decided"] = int(own["non_inferior"].count())
         for rule in ("not_worse", "largest_passing", "non_inferior"):
-            found = curves.over_tasks(dict(zip(own["name"], own[rule].fillna(0.0), strict=True)))
+            known = own[own[rule].notna()]
+            found = {"mean": np.nan, "std": np.nan, "minimum": np.nan, "task": ""}
+            if len(known):
+                found = curves.over_tasks(dict(zip(known["name"], known[rule], strict=True)))
             row |= {f"{rule}_{name}": found[name] for name in ("mean", "std", "minimum", "task")}
         rows.append(row)
     return DataFrame(rows)
+
+
+def safe_minimum(safe: DataFrame) -> DataFrame:
+    """The non-inferior level of every method over its models and tasks: method, mean, min, ``decided`` (how many of
+    them have one; a cell that fails at once has 0) and ``cells`` (how many there are). ``safe``: of ``levels.safe``.
+    """
+    levels = _decided(safe).groupby(safe["method"], sort=False)
+    return levels.agg(mean="mean", min="min", decided="count", cells="size").reset_index()
+
+
+def _decided(safe: DataFrame) -> Series[float]:
+    """The non-inferior level of each cell: 0 where the first one tested fails, not a number where the samples are too
+    few to tell, or nothing was tested."""
+    told = safe["n"].notna() & ~safe["says"].str.startswith(_TOO_FEW)
+    return safe["non_inferior"].fillna(0.0).where(told)
 
 
 def _reach(errors: Array, ends: Any) -> float:

@@ -55,14 +55,15 @@ COLUMNS: dict[str, str] = {
     "kv_bytes_per_token_dense": "the same for the dense model",
     "bytes_decode": "bytes of weights and cache read to decode one token after cost_length_decode tokens",
     "bytes_decode_dense": "the same for the dense model",
-    "latency": "measured, or 'simulated' when no sparse kernel was timed (kernel=none)",
+    "latency": "measured, and what of it by the reference instead of a kernel; or 'simulated' when nothing was timed "
+    "(kernel=none)",
     "kernel": "which kernels were timed",
     "kernel_layers": "how many linear layers ran on them",
     "kernel_formats": "in which formats their weights lay, and how many in each",
     "latency_verdict": "ok, or noisy: while it was measured the dense model differed from itself by over 10%",
     "kernel_error": "largest difference of a logit to the masked model's, over the largest logit",
     "ms_prefill": "milliseconds of a prefill of cost_length tokens on those kernels, median (fewer where the context "
-    "has no room for what is decoded then)",
+    "has no room for what is decoded then); with a target sparsity the search for the method's own sizes is part of it",
     "ms_prefill_dense": "the same for the dense model, measured in turn",
     "speedup_prefill": "dense / sparse milliseconds of a prefill, median over pairs",
     "ms_decode": "milliseconds of one token decoded after that prefill, median",

@@ -243,6 +243,20 @@ def test_sizes_do_not_change_places_where_a_curve_ends() -> None:
     assert frontiers.best_at([falls], [2, 3, 5, 10, 20]) == pytest.approx([0.7262, 0.8, 0.8, 0.8, 0.8], abs=1e-4)
 
 
+def test_the_smaller_size_is_still_to_be_had_beyond_its_dense_cost() -> None:
+    """The large size passes what the small one reaches densely, at a cost of 100, between its points at 90 and 120."""
+    small, large = ([60, 80, 100], [0.2, 0.4, 0.5]), ([90, 120, 200], [0.3, 0.7, 0.9])
+    ((at, larger),) = frontiers.crossovers([small], [large])
+    assert at == pytest.approx((90 * 120) ** 0.5) and larger
+    ((at, larger),) = frontiers.crossovers([large], [small])
+    assert at == pytest.approx((90 * 120) ** 0.5) and not larger, "whichever of the two ends first"
+    ((at, _),) = frontiers.crossovers([([1, 2], [0.2, 0.5])], [([3, 12], [0.3, 0.7])])
+    assert at == pytest.approx(6), "apart from one another"
+    assert frontiers.crossovers([small], [([90, 200], [0.1, 0.4])]) == []
+    low, high, share = frontiers.crossover_interval([([small], [large])] * 3)
+    assert (low, high, share) == pytest.approx((10800**0.5, 10800**0.5, 1))
+
+
 @given(costs=st.lists(st.floats(1, 1e6), min_size=1, max_size=6, unique=True), data=st.data())
 def test_the_best_for_no_more_never_falls(costs: list[float], data: st.DataObject) -> None:
     qualities = data.draw(st.lists(st.floats(0, 1), min_size=len(costs), max_size=len(costs)))

@@ -60,6 +60,10 @@ def test_too_few_runs_and_runs_without_the_column() -> None:
     lab = ladder(0.02)
     few = lab.verdict(about(">", 0.3, select={"method": "dense", "model": "m100000"}))
     assert few.verdict == UNTESTED and "1 runs for a law of 3 parameters" in few.why
+    for record in lab.records.values():
+        record["bytes_weights_dense"] = 4e6
+    same = lab.verdict(about(">", 0.3))
+    assert same.verdict == UNTESTED and "have one x only (1e+06), which determines no constant" in same.why
     missing = lab.verdict(about(">", 0.3, fit={"x": "train_tokens", "value": "nll"}))
     assert missing.verdict == UNTESTED and "has no train_tokens" in missing.why
 

@@ -58,6 +58,23 @@ def test_best_of_a_size_is_over_its_methods_own_curves() -> None:
     assert quality[-1] == pytest.approx(0.9), "and is still to be had for more"
 
 
+def test_sizes_change_places_beyond_the_dense_cost_of_the_smaller() -> None:
+    sizes = (("small", (60, 80, 100), (0.2, 0.4, 0.5)), ("large", (90, 120, 200), (0.3, 0.7, 0.9)))
+    points = pandas.DataFrame(
+        [
+            {"model": model, "method": "dense" if cost == costs[-1] else "pruner", "cost": float(cost), "quality": one,
+             "se": 1e-4, "task": "t", "run_ids": [f"{model}{cost}"]}
+            for model, costs, qualities in sizes for cost, one in zip(costs, qualities, strict=True)
+        ]
+    )  # fmt: skip
+    (row,) = crossings.crossings(points, "cost", {}).to_dict("records")
+    assert row["cost"] == pytest.approx(10800**0.5) and row["above"] == "large"
+    assert row["low"] < row["cost"] < row["high"] and row["share"] == 1
+    at, quality = crossings.best(points, "small", "cost")
+    assert at[0] == 60 and at[-1] == pytest.approx(200), "its line is drawn where it is crossed"
+    assert np.isfinite(quality).all() and (quality[at >= 100] == 0.5).all()
+
+
 def timed_runs() -> pandas.DataFrame:
     """One method at three levels on two tasks; the speed-ups of the second task are twice those of the first."""
     rows = []

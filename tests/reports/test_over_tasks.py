@@ -9,6 +9,7 @@ import numpy as np
 import pandas
 import pytest
 
+from sparsebench.analysis import curves
 from sparsebench.analysis.laws import heldout
 from sparsebench.analysis.laws.compare import LeftOut
 from sparsebench.reports import length_law, multiples, over_tasks
@@ -104,6 +105,45 @@ def test_safe_levels_over_tasks_name_the_worst_task() -> None:
     assert (row["not_worse_minimum"], row["not_worse_task"], row["not_worse_mean"]) == (0.5, "words", 0.625)
     assert (row["largest_passing_minimum"], row["largest_passing_task"]) == (0.75, "needle")
     assert (row["non_inferior_minimum"], row["non_inferior_task"]) == (0.0, "words")
+
+
+def safe_cells() -> pandas.DataFrame:
+    """Cells as ``levels.safe`` has them: one safe up to .5, one that fails at every level, one with too few samples by
+    ``non_inferior`` itself, one that was not tested."""
+    dense, lost = np.ones(2000), np.repeat([1.0, 0.0], 1000)
+    few = curves.non_inferior(np.ones(50), [(0.5, np.ones(50)), (0.75, np.ones(50))])
+    assert few.level is None and few.says.startswith("n too small")
+    found = {
+        "copy": curves.non_inferior(dense, [(0.5, dense), (0.75, lost)]),
+        "count": curves.non_inferior(dense, [(0.5, lost), (0.75, lost)]),
+        "recall": few,
+    }
+    assert (found["copy"].level, found["count"].level) == (0.5, None)
+    rows: list[dict[str, Any]] = [
+        {"task": name, "not_worse": one.level, "largest_passing": one.level, "non_inferior": one.level, "n": one.n,
+         "says": one.says}
+        for name, one in found.items()
+    ]  # fmt: skip
+    rows.append({"task": "words", "says": "a level has no per-sample outcomes"})
+    table = pandas.DataFrame(rows).assign(model="m", method="lines")
+    return table.astype(dict.fromkeys(["not_worse", "largest_passing", "non_inferior", "n"], float))
+
+
+def test_too_few_samples_to_tell_are_not_a_safe_level_of_zero() -> None:
+    safe = safe_cells()
+    row = over_tasks.safe_over_tasks(safe).iloc[0]
+    assert (row["tasks"], row["decided"]) == (3, 2)
+    assert (row["non_inferior_mean"], row["non_inferior_minimum"], row["non_inferior_task"]) == (0.25, 0.0, "count")
+    assert row["not_worse_mean"] == pytest.approx(0.5 / 3), "that rule always tells"
+    assert over_tasks.safe_minimum(safe).to_dict("records") == [
+        {"method": "lines", "mean": 0.25, "min": 0.0, "decided": 2, "cells": 4}
+    ]
+    few = safe[safe["task"] == "recall"]
+    row = over_tasks.safe_over_tasks(few).iloc[0]
+    assert (row["decided"], row["non_inferior_task"]) == (0, "")
+    assert np.isnan([row[f"non_inferior_{name}"] for name in ("mean", "std", "minimum")]).all()
+    (row,) = over_tasks.safe_minimum(few).to_dict("records")
+    assert np.isnan([row["mean"], row["min"]]).all() and (row["decided"], row["cells"]) == (0, 1)
 
 
 def counted() -> tuple[Any, pandas.DataFrame]:

@@ -23,6 +23,7 @@ from sparsebench.tasks.base import Evaluation
 from sparsebench.tasks.page import NOISE, Page
 from sparsebench.tasks.sparse_frontier import story_text
 from sparsebench.tasks.sparse_frontier.prompt import Prompt, Sample
+from sparsebench.tasks.sparse_frontier.qa import load
 from sparsebench.tasks.sparse_frontier.ruler import vocabulary
 from sparsebench.tasks.sparse_frontier.task import SparseFrontier
 
@@ -320,3 +321,48 @@ def test_a_page_that_cannot_be_filled_enough() -> None:
     assert len(Page(byte(), tokens + 1).exact(prompt)[1]) == tokens
     with pytest.raises(UserError, match=f"come to {tokens} tokens at most"):
         Page(byte(), tokens + 1, min_fill=1.0).exact(prompt)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "golds"),
+    [
+        (
+            "qa_quality",
+            {"instructions": ["?"], "input": "t", "outputs": ["(B) Their subconscious did"]},
+            "B",
+        ),
+        ("qa_toefl", {"instructions": ["?"], "input": "t", "outputs": ["C"]}, "C"),
+        ("qa_toefl", {"instructions": ["?"], "input": "t", "outputs": ["B, D and no more"]}, "B"),
+        ("qa_toefl", {"instructions": ["?"], "input": "t", "outputs": ["ACE"]}, None),
+        ("qa_toefl", {"instructions": ["?"], "input": "t", "outputs": ["D, A"]}, "AD"),
+        ("qa_squad", {"question": "?", "context": "t", "answers": "12 miles"}, "12 miles"),
+        ("qa_squad", {"question": "?", "context": "t", "answers": ["", "the"]}, None),
+        ("qa_quality", {"question": "?", "context": "t", "options": ["x", "y"], "answer": "B"}, "B"),
+    ],
+)
+def test_answers_of_the_known_forms(name: str, row: dict[str, Any], golds: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([row]), encoding="utf-8")
+    if golds is None:
+        with pytest.raises(UserError, match="holds no question with an answer"):
+            load(name, str(file))
+    else:
+        assert [one.golds for one in load(name, str(file))] == [(golds,)]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "say"),
+    [
+        ("qa_quality", {"answer": "AB"}, "not in a known form"),
+        ("qa_quality", {"answer": ""}, "not in a known form"),
+        ("qa_quality", {"answer": "D"}, "no option 4 among 2"),
+        ("qa_quality", {"answer": -1}, "no option 0 among 2"),
+        ("qa_squad", {"answer": "A"}, "asks for words, but has options"),
+    ],
+)
+def test_answers_that_are_none_of_the_options(name: str, change: dict[str, Any], say: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    row = {"question": "?", "context": "t", "options": ["x", "y"]} | change
+    file.write_text(json.dumps([row]), encoding="utf-8")
+    with pytest.raises(UserError, match=say):
+        load(name, str(file))

@@ -83,12 +83,12 @@ class SeerAttention(FittedMethod):
     force_double: bool = option(False, "queries have a matrix even where the gate is as wide as a head")
     last_block_dense: bool = option(True, "the last two rows of blocks are dense", only="threshold")
     force_diagonal: bool = option(False, "always compute a query block's own keys")
-    steps: int = option(200, "training steps of the gate", low=1)
-    batch: int = option(4, "sequences per training step", low=1)
-    lr: float = option(1e-3, "learning rate", above=0.0)
-    gate_loss_scale: float = option(10.0, "factor on the loss", above=0.0)
+    steps: int = option(200, "training steps of the gate", low=1, only="fitted_from=none")
+    batch: int = option(4, "sequences per training step", low=1, only="fitted_from=none")
+    lr: float = option(1e-3, "learning rate", above=0.0, only="fitted_from=none")
+    gate_loss_scale: float = option(10.0, "factor on the loss", above=0.0, only="fitted_from=none")
     drop_first_fraction: float = option(0.25, "share of block rows, from the first on, that are not learned from",
-                                        low=0.0, below=1.0)  # fmt: skip
+                                        low=0.0, below=1.0, only="fitted_from=none")  # fmt: skip
 
     knobs: ClassVar[tuple[str, ...]] = ("threshold", "nz_ratio")
     sizes: ClassVar[tuple[str, ...]] = ("block_size",)

@@ -74,8 +74,8 @@ def letters(text: str, gold: str) -> float:
 
 def f1(text: str, golds: Sequence[str]) -> float:
     """The best F1, rounded to two digits, between the SETS of words of the answer and of one gold text."""
-    found = _words(answer(text) or "")
-    return max(_set_f1(found, _words(gold)) for gold in golds)
+    found = words(answer(text) or "")
+    return max(_set_f1(found, words(gold)) for gold in golds)
 
 
 def _or_all(text: str) -> str:
@@ -107,7 +107,7 @@ def _chapter_numbers(text: str) -> set[str]:
     return {one.lstrip("0") for one in found}
 
 
-def _words(text: str) -> set[str]:
+def words(text: str) -> set[str]:
     kept = "".join(one for one in text.lower() if one not in string.punctuation)
     return {word for word in kept.split() if word not in _DROPPED}
 

@@ -7,6 +7,7 @@ local file in the form of the original data set, or from the hub.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,16 +35,18 @@ _HUB = {
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one text. ``golds``: right answers, or the letters of the right options."""
+    """One question about one text. ``golds``: right answers, or with ``options`` the letters of the right ones."""
 
     question: str
     context: str
     golds: tuple[str, ...]
+    options: bool = False
 
 
 def load(name: str, file: str | None) -> list[Question]:
-    """The questions of ``qa_squad``, ``qa_quality`` or ``qa_toefl`` in the order of their source, those without an
-    answer and repeated ones left out. UserError when the source cannot be had or holds none."""
+    """The questions of ``qa_squad``, ``qa_quality`` or ``qa_toefl`` in the order of their source; repeated ones and
+    those without an answer (a letter, or words that are scored) are left out. UserError when the source cannot be had
+    or holds none."""
     rows = _local(file) if file is not None else _from_hub(name)
     where = f"task.file={file}" if file is not None else f"task.name={name}"
     try:
@@ -51,8 +54,9 @@ def load(name: str, file: str | None) -> list[Question]:
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         known = "SQuAD, QuALITY or L-Eval JSON, or rows of context, question, and answers or options with answer"
         raise UserError(f"{where}: not in a known form ({type(error).__name__}: {error}); known: {known}") from None
-    if name != "qa_squad" and any(set(gold) - set("ABCD") for one in found for gold in one.golds):
-        raise UserError(f"{where}: {name} asks for letters A to D, but has other answers")
+    if any(one.options != (name != "qa_squad") for one in found):
+        asks = "words, but has options" if name == "qa_squad" else "letters A to D, but has other answers"
+        raise UserError(f"{where}: {name} asks for {asks}")
     distinct = {(one.question, one.context): one for one in reversed(found)}
     kept = [one for one in found if distinct[one.question, one.context] is one]
     if not kept:
@@ -87,31 +91,41 @@ def _questions(row: Any) -> Iterator[Question]:
                 yield Question(asked["question"].strip(), paragraph["context"].strip(), _texts(asked["answers"]))
     elif "instructions" in row:  # L-Eval: options are part of the question, several letters may be right
         for asked, right in zip(row["instructions"], row["outputs"], strict=True):
-            yield Question(asked.strip(), row["input"].strip(), (_letters(right),))
+            yield Question(asked.strip(), row["input"].strip(), _letters(right), options=True)
     elif "questions" in row:  # QuALITY
         for asked in row["questions"]:
             yield _choice(asked["question"], row["article"], asked["options"], int(asked["gold_label"]) - 1)
     elif "options" in row:
         right = row["answer"]
-        place = right if isinstance(right, int) else "ABCD".index(right)
+        place = right if isinstance(right, int) else [*"ABCD"].index(right)
         yield _choice(row["question"], row["context"], row["options"], place)
     else:
         yield Question(row["question"].strip(), row["context"].strip(), _texts(row["answers"]))
 
 
 def _texts(answers: Any) -> tuple[str, ...]:
-    """Answers as SQuAD's file, its rows on the hub, or a plain list have them; each once."""
+    """Answers as SQuAD's file, its rows on the hub, a list or a text have them; each once, if any word is scored."""
     found = answers["text"] if isinstance(answers, dict) else answers
-    return tuple(dict.fromkeys(one["text"] if isinstance(one, dict) else str(one) for one in found))
+    found = [found] if isinstance(found, str) else found
+    texts = dict.fromkeys(one["text"] if isinstance(one, dict) else str(one) for one in found)
+    return tuple(text for text in texts if metrics.words(text))
 
 
-def _letters(text: str) -> str:
-    return "".join(sorted(one for one in text.upper() if one in "ABCD"))
+def _letters(text: str) -> tuple[str, ...]:
+    """The right letters in one text: nothing but letters, or one before its option, as in ``(B) on the boat``."""
+    if re.fullmatch(r"[\sA-D,;.()&]*", text):
+        found = sorted({one for one in text if one in "ABCD"})
+    else:
+        found = re.findall(r"^\W*([A-D])\b", text)
+    return ("".join(found),) if found else ()
 
 
 def _choice(question: str, context: str, options: list[str], place: int) -> Question:
+    """``place``: of the right option, from 0. ValueError when there is no such option."""
+    if not 0 <= place < min(len(options), 4):
+        raise ValueError(f"no option {place + 1} among {len(options)}")
     lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=False)]
-    return Question("\n".join([question.strip(), *lines]), context.strip(), ("ABCD"[place],))
+    return Question("\n".join([question.strip(), *lines]), context.strip(), ("ABCD"[place],), options=True)
 
 
 @dataclass
