@@ -33,6 +33,15 @@ def test_it_stacks_with_a_weight_method(command):
     record = answer.records[0]
     assert record["achieved_weights"] == pytest.approx(0.5, abs=0.01)
     assert record["achieved_attention"] == pytest.approx(0.5, abs=0.03)
+    assert "weights 0.5" in answer.out and "of the methods' scopes" in answer.out
+
+
+def test_the_level_of_a_stack_is_that_of_its_first_method(command):
+    levels = ["method.magnitude.sparsity=0.25", "method.local_sink.sparsity=0.75"]
+    (record,) = command("method=[local_sink,magnitude]", *levels, *TINY).records
+    assert record["sparsity"] == 0.75 and record["achieved"] == record["achieved_attention"]
+    (_, record) = command("method=[magnitude,local_sink]", *levels, *TINY).records
+    assert record["sparsity"] == 0.25 and record["achieved"] == record["achieved_weights"]
 
 
 @pytest.mark.parametrize("names", ["dense,vertical_slash", "vertical_slash,dense", "dense,magnitude"])
@@ -70,9 +79,9 @@ def test_two_prefill_methods_are_refused(command):
         *(
             (f"method={name} method.{name}.{size}", said)
             for name, size, said in (
-                ("vertical_slash", "forced_verticals=3000", "must be <= 504"),
-                ("vertical_slash", "forced_verticals=200", "only 255 tokens; must be <= 124"),
-                ("vertical_slash", "forced_slashes=3000", "must be <= 1004"),
+                ("vertical_slash", "forced_verticals=3000", "only 255 tokens; must be <= 240"),
+                ("vertical_slash", "forced_verticals=241", "only 255 tokens; must be <= 240"),
+                ("vertical_slash", "forced_slashes=3000", "must be <= 244"),
                 ("vertical_slash", "tile_size=128", "tile_size=128: leaves nothing out"),
                 ("block_sparse", "chunk_size=85", "only 255 tokens; must be <= 84"),
                 ("flexprefill", "block_size=300", "must be <= 127"),
@@ -91,6 +100,20 @@ def test_bad_input_starts_nothing(command, words, said):
     answer = command(*words.split(), *TINY)
     assert answer.code == 2 and said in answer.err and answer.err.count("\n") == 1, answer.err
     assert answer.records == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "vertical_slash method.vertical_slash.forced_verticals=240",  # what the refusal of more names
+        "vertical_slash method.vertical_slash.vertical_size=150 method.vertical_slash.slash_size=8 "
+        "method.vertical_slash.forced_verticals=150",
+        "pbs_attn method.pbs_attn.block_size=110 method.pbs_attn.segment_size=110",
+    ],
+)
+def test_sizes_that_may_leave_something_out_are_not_refused(command, words):
+    answer = command(*f"method={words}".split(), *TINY)
+    assert answer.code != 2 and len(answer.records) == 1, answer.err  # what is left out depends on the prompt
 
 
 def test_a_model_with_windows_is_refused(command, tmp_path):

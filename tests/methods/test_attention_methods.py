@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from prefill_models import IDS, METHODS, attachment, make_llama, run
 
 from sparsebench.errors import UserError
-from sparsebench.methods.attention.base import check, search
+from sparsebench.methods.attention.base import AttentionMethod, check, check_prompts, search
+from sparsebench.methods.attention.flexprefill import FlexPrefill
 from sparsebench.methods.attention.local_sink import LocalSink
-from sparsebench.methods.attention.selections import Selection
+from sparsebench.methods.attention.minference import MInference
+from sparsebench.methods.attention.pbs_attn import PbsAttn
+from sparsebench.methods.attention.selections import Heads, Selection
+from sparsebench.methods.attention.vertical_slash import VerticalSlash
 from sparsebench.models.base import LoadedModel
 from sparsebench.tasks.base import Evaluation
 from sparsebench.tasks.tinyworld import Encoded, TinyworldTask
@@ -132,6 +139,90 @@ def test_bad_input_names_the_option(model, name, options, tokens, words):
         method.check_tokens(tokens)
     text = str(caught.value)
     assert all(word in text for word in words) and "\n" not in text, text
+
+
+def sized() -> st.SearchStrategy[AttentionMethod]:
+    """Methods with sizes of all kinds, for prompts of up to 100 tokens."""
+    size, level = st.integers(1, 110), st.sampled_from([0.01, 0.5])
+    few = st.none() | st.sampled_from([1, 2, 8])
+    lines = st.builds(
+        VerticalSlash, sparsity=level, forced_verticals=size, forced_slashes=few | size, tile_size=few | size
+    )
+    native = st.builds(
+        lambda first, near, more: VerticalSlash(
+            vertical_size=first + more, slash_size=near + more, forced_verticals=first, forced_slashes=near, tile_size=1
+        ),
+        size, size, st.integers(0, 9),
+    )  # fmt: skip
+    permuted = st.builds(
+        lambda block, blocks, first, share: PbsAttn(
+            sparsity=share, block_size=block, segment_size=block * blocks, force_first=first
+        ),
+        size, st.integers(1, 3), st.booleans(), level,
+    )  # fmt: skip
+    simple = st.builds(FlexPrefill, variant=st.just("simplified"), sparsity=level, min_budget=size, tile_size=few)
+    original = st.builds(FlexPrefill, sparsity=level, min_budget=size, block_size=st.integers(8, 60))
+    return st.one_of(lines, native, permuted, simple, original)
+
+
+@settings(deadline=None, max_examples=150)
+@given(method=sized(), tokens=st.integers(16, 100), seed=st.integers(0, 999))
+def test_only_what_is_certain_to_leave_nothing_out_is_refused(method, tokens, seed):
+    draw = torch.Generator().manual_seed(seed)
+    query, key, value = (torch.randn(2, tokens, 8, generator=draw) for _ in range(3))
+    try:
+        method.check_model(None)
+        method.check_tokens(tokens)
+    except UserError:
+        return
+    if not method.leaves_out(tokens):
+        heads = Heads(0, query, key, value, 8**-0.5, lambda: (query, key), {}, False)
+        assert method.select(heads).density == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("method, tokens, density", [
+    (VerticalSlash(forced_verticals=54, forced_slashes=1, tile_size=1), 100, 0.95),
+    (VerticalSlash(vertical_size=300, slash_size=8, forced_verticals=300), 512, 0.85),
+])  # fmt: skip
+def test_forced_sizes_alone_leave_something_out(method, tokens, density):
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, tokens, 8, generator=draw) for _ in range(3))
+    heads = Heads(0, query, key, value, 8**-0.5, lambda: (query, key), {}, False)
+    assert method.select(heads).density < density
+    method.check_sizes([tokens])
+
+
+@pytest.mark.parametrize("method", [
+    VerticalSlash(forced_verticals=512), VerticalSlash(forced_verticals=195, vertical_size=199, slash_size=8),
+    VerticalSlash(forced_slashes=600), VerticalSlash(tile_size=400), FlexPrefill(block_size=300),
+    FlexPrefill(min_budget=600), FlexPrefill(variant="simplified", min_budget=600), PbsAttn(segment_size=512),
+    PbsAttn(segment_size=520, block_size=8), PbsAttn(block_size=300),
+])  # fmt: skip
+@pytest.mark.parametrize("lengths", [[200], [200, 150, 100]])
+def test_the_value_a_refusal_names_is_valid_and_the_largest(model, method, lengths):
+    with pytest.raises(UserError, match=f"has only {max(lengths)} tokens; must be <=") as caught:
+        check_prompts([("test", method)], model, iter(lengths))
+    name, most = re.search(r"\.(\w+)=\d+: .* must be <= (\d+)$", str(caught.value)).groups()
+    check_prompts([("test", replace(method, **{name: int(most)}))], model, lengths)
+    with pytest.raises(UserError):
+        check_prompts([("test", replace(method, **{name: int(most) + 1}))], model, lengths)
+
+
+def test_options_fit_the_shortest_and_the_longest_prompt(model):
+    method = PbsAttn(segment_size=24)  # blocks of 8, then of 64
+    check_prompts([("test", method)], model, [200])
+    with pytest.raises(UserError, match="4096 tokens"):
+        check_prompts([("test", method)], model, [200, 4096])
+
+
+def test_dense_layers_look_for_nothing(model):
+    whole, half = (attachment(MInference(starting_layer=first), model) for first in (0, 1))
+    costs = []
+    for handler in (whole, half):
+        with torch.no_grad(), handler.attached():
+            model(input_ids=IDS, use_cache=False)
+            costs.append(handler.counted().saving.index_prefill(1024))
+    assert costs[0] == 2 * costs[1] > 0
 
 
 def test_local_sink_keeps_sinks_window_and_last_rows():

@@ -33,8 +33,6 @@ from sparsebench.models.plug import Allowed, Call, Handler, Work, plugged, reach
 
 Knob = float
 
-_CONTEXT = "the model's context has"
-
 
 @dataclass(frozen=True)
 class AttentionMethod(Declared, ABC):
@@ -80,24 +78,41 @@ class AttentionMethod(Declared, ABC):
                 raise UserError(f"{self.name(name)}: {what} only {tokens} tokens")
 
     def leaves_out(self, tokens: int) -> bool:
-        """Whether ``sizes`` let anything be left out of a prompt of this many tokens, however little is asked for."""
+        """False where ``sizes`` let nothing be left out of a prompt of this many tokens, whatever it is and however
+        little is asked for."""
         return True
 
-    def check_sizes(self, tokens: int, what: str) -> None:
-        """UserError when one of ``sizes`` is why nothing can be left out where there are as many tokens as ``what``
-        says."""
-        if self.asked == 0 or self.leaves_out(tokens):
+    def check_sizes(self, lengths: Sequence[int]) -> None:
+        """UserError when one of ``sizes`` is why nothing can be left out of any prompt of so many tokens."""
+        if self.asked == 0 or any(self.leaves_out(tokens) for tokens in lengths):
             return
+        longest = max(lengths)
         for name in self.sizes:
             given, spec = getattr(self, name), options_of(type(self))[name]
             if given == spec.default:
                 continue
-            smaller = range(min(given, tokens), int(spec.low or 0) - 1, -1)
-            most = next((size for size in smaller if replace(self, **{name: size}).leaves_out(tokens)), None)
+            smaller = range(min(given, longest), int(spec.low or 0) - 1, -1)
+            most = next((size for size in smaller if replace(self, **{name: size})._serves(lengths)), None)
             if most is not None:
                 raise UserError(
-                    f"{self.name(name)}: leaves nothing out, as {what} only {tokens} tokens; must be <= {most}"
+                    f"{self.name(name)}: leaves nothing out, as the prompt has only {longest} tokens; must be <= {most}"
                 )
+
+    def _serves(self, lengths: Sequence[int]) -> bool:
+        """Whether something can be left out of the longest prompt, with options that fit all of them."""
+        if not self.leaves_out(max(lengths)):
+            return False
+        try:
+            self.check_lengths(lengths)
+        except UserError:
+            return False
+        return True
+
+    def check_lengths(self, lengths: Sequence[int]) -> None:
+        """UserError when an option does not fit prompts of so many tokens: sizes that follow from a prompt's length
+        grow with it, so the shortest and the longest speak for all."""
+        for tokens in (min(lengths), max(lengths)):
+            self.check_tokens(tokens)
 
     def fit(self, around: Surroundings) -> dict[str, Tensor]:
         """What is learned from calibration data, by name, on the CPU; ``Heads.learned`` holds it later."""
@@ -135,6 +150,10 @@ class AttentionMethod(Declared, ABC):
     def index_flops(self, tokens: int, layer: Attention, learned: Mapping[str, Tensor]) -> float:
         """FLOPs of choosing, for one layer and a prompt of so many tokens; ``learned``: what ``fit`` returned."""
         return 0.0
+
+    def index_flops_of(self, tokens: int, layers: Sequence[Attention], learned: Mapping[str, Tensor]) -> float:
+        """``index_flops`` of all layers of a model."""
+        return sum(self.index_flops(tokens, layer, learned) for layer in layers)
 
     def columns(self) -> dict[str, Any]:
         """More columns of the record."""
@@ -311,7 +330,7 @@ class SparseAttention(Handler):
             return Saving(pairs_prefill=pairs)
         return Saving(
             pairs_prefill=pairs,
-            index_prefill=lambda length: sum(how.index_flops(length, one, self.tensors) for one in attention_of(model)),
+            index_prefill=lambda length: how.index_flops_of(length, attention_of(model), self.tensors),
         )
 
 
@@ -349,16 +368,15 @@ def check(stack: Sequence[Named], model: nn.Module) -> None:
     for _, method in stack:
         method.check_model(model)
         if context is not None:
-            method.check_within(context, _CONTEXT)
-            method.check_sizes(context, _CONTEXT)
+            method.check_within(context, "the model's context has")
 
 
 def check_prompts(stack: Sequence[Named], model: nn.Module, lengths: Iterable[int]) -> None:
     """UserError when a method's options do not fit prompts of so many tokens. Changes nothing."""
-    shortest, longest = min(lengths), max(lengths)
+    known = list(lengths)
     for _, method in stack:
-        method.check_tokens(shortest)
-        method.check_sizes(longest, "the prompt has")  # shorter ones may be dense
+        method.check_lengths(known)
+        method.check_sizes(known)  # some may be dense
 
 
 def apply(stack: Sequence[Named], around: Surroundings) -> Applied:

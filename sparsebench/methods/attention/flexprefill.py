@@ -99,8 +99,8 @@ class FlexPrefill(AttentionMethod):
         if self.variant == "original":
             size = block_of(self.block_size, 128, tokens)
             return not is_short(tokens, size, self.min_budget)
-        least = self.min_budget or 1  # of both columns and diagonals
-        return room(tokens, min(least, 4), least, block_of(self.tile_size, 64, tokens))
+        least, size = self.min_budget or 1, block_of(self.tile_size, 64, tokens)  # least of both columns and diagonals
+        return least < tokens and room(tokens, min(least, 4), min(least, size), size)  # so many have a fixed place
 
     def native(self, tokens: int) -> float | None:
         return self.gamma

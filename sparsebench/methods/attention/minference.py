@@ -21,7 +21,7 @@ Achieved counts causal pairs, of tiles as the kernel computes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import log2
 from typing import Any, ClassVar
@@ -82,10 +82,14 @@ class MInference(FittedMethod):
     )
     search: str = option(
         "recall", "what a pattern is chosen by: the attention it holds, or the error of its output",
-        choices=("recall", "output"),
-    )  # fmt: skip
-    assign: str = option("paper", "heads get what won, or what the released code stores", choices=("paper", "released"))
-    samples: int = option(1, "calibration sequences that the search looks at", low=1)
+        choices=("recall", "output"), only="fitted_from=none")  # fmt: skip
+    assign: str = option(
+        "paper",
+        "heads get what won, or what the released code stores",
+        choices=("paper", "released"),
+        only="fitted_from=none",
+    )
+    samples: int = option(1, "calibration sequences that the search looks at", low=1, only="fitted_from=none")
     starting_layer: int = option(0, "earlier layers are dense", low=0)
     last_q: int | None = option(None, "last queries that are looked at; 64, at most a 32nd of the prompt", low=1)
     forced_verticals: int | None = option(None, "first columns always taken; 30, a 128th of short prompts", low=0)
@@ -193,6 +197,9 @@ class MInference(FittedMethod):
     def index_flops(self, tokens: int, layer: Attention, learned: Mapping[str, Tensor]) -> float:
         """As if every head looked for verticals and slashes."""
         return 2.0 * layer.heads * scaled(self.last_q, 64, tokens, share=32, least=16) * tokens * layer.head_dim
+
+    def index_flops_of(self, tokens: int, layers: Sequence[Attention], learned: Mapping[str, Tensor]) -> float:
+        return super().index_flops_of(tokens, layers[self.starting_layer :], learned)
 
     def columns(self) -> dict[str, Any]:
         return {"minference_assign": self.assign}

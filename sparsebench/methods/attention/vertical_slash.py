@@ -76,8 +76,10 @@ class VerticalSlash(AttentionMethod):
             )
 
     def leaves_out(self, tokens: int) -> bool:
-        least = max(self.forced_verticals, self._forced(tokens))  # of both sizes
-        return room(tokens, self.forced_verticals, least, block_of(self.tile_size, 64, tokens))
+        if max(self.vertical_size or 0, self.slash_size or 0) >= tokens:
+            return False
+        size = block_of(self.tile_size, 64, tokens)
+        return room(tokens, self.forced_verticals, self._forced(tokens), size)  # where others are is the prompt's
 
     def estimate(self, heads: Heads) -> Any:
         scores = slash_scores(heads, self._rows(heads.tokens))
