@@ -257,7 +257,8 @@ class _Resolver:
         task_declaration, task = self._part("task", self.choices["task"][0], "task")
         check_stack(declarations)
         check_task(declarations, task_declaration, task.options)
-        self._check_shared(methods, options)
+        if not all(declaration.taxonomy.reference for declaration in declarations):
+            self._check_shared(methods, options)
         needs_data = any("calibration" in part.uses for part in methods)
         _, calibration = self._part("calibration", self.choices["calibration"][0], "calibration")
         _, model = self._part("model", self.choices["model"][0], "model")
@@ -279,11 +280,9 @@ class _Resolver:
         return RunOptions(**given)
 
     def _check_shared(self, methods: Sequence[Part], options: RunOptions) -> None:
-        """Notes a level or pattern of the run that no method of it takes. To say what holds anyway is no mistake, nor
-        is any level beside dense alone, which is the reference of all of them."""
+        """Notes a level or pattern of the run that no method of it takes. To say what holds anyway is no mistake. Not
+        for a reference, which is that of every level."""
         names = "+".join(method.label for method in methods)
-        if [method.name for method in methods] == ["dense"]:
-            return
         for key, idle in (("sparsity", 0.0), ("pattern", "unstructured")):
             asked = getattr(options, key)
             if asked not in (None, idle) and key not in self.used:

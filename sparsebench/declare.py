@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from sparsebench.errors import UserError, closest
 
@@ -65,6 +65,11 @@ class Taxonomy:
             for one in value if isinstance(value, tuple) else (value,):
                 if one not in words.split():
                     raise ValueError(f"taxonomy.{name}={one!r}{closest(str(one), words.split())}")
+
+    @property
+    def reference(self) -> bool:
+        """Whether it leaves the model as it is: what others are compared with."""
+        return self.label == "reference"
 
     @property
     def label(self) -> str:
@@ -180,7 +185,10 @@ def option(
 
 @dataclass(frozen=True)
 class Declared:
-    """Base of every declared class: its options check themselves at construction."""
+    """Base of every declared class: its options check themselves at construction. ``declared``: what its decorator
+    says."""
+
+    declared: ClassVar[dict[str, Any]]
 
     def __post_init__(self) -> None:
         for name, spec in options_of(type(self)).items():

@@ -86,7 +86,8 @@ class Experiment:
             now = self.clock()
             counted = sparse.counted()
             rows["layers"] = columns.layers(sparse, counted)
-            fields |= columns.sparsity(sparse, counted, self._target_of(run))
+            leading = self.workspace.catalogue.get("method", run.leading.name)
+            fields |= columns.sparsity(sparse, counted, leading.target)
             fields |= columns.scores(metric, outcome)
             at = columns.lengths(outcome, given)
             fields = columns.joined(fields, columns.costs(sparse, at, counted))
@@ -199,11 +200,6 @@ class Experiment:
     def _answer(self, run_id: str) -> dict[str, Any] | None:
         known = self.store.find(run_id)
         return known if known and known["status"] == "ok" else None
-
-    def _target_of(self, run: Run) -> str:
-        """The target of the method whose level is the run's: the first that has one."""
-        leading = next((one for one in run.methods if "sparsity" in one.options), run.methods[0])
-        return str(self.workspace.catalogue.get("method", leading.name).target)
 
     def _check_save(self, run: Run, model_id: str) -> None:
         if run.options.save and (run.options.save, model_id) not in self.saved:

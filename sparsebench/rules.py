@@ -50,7 +50,7 @@ def check_stack(declarations: Sequence[Declaration]) -> None:
     does not stand alone."""
     names = [declaration.name for declaration in declarations]
     for declaration in declarations if len(names) > 1 else ():
-        if declaration.taxonomy.label == "reference":
+        if declaration.taxonomy.reference:
             raise UserError(
                 f"method=[{','.join(names)}]: {declaration.name} is the model as it is, the reference of the others; "
                 "it stands alone"

@@ -110,10 +110,14 @@ class Run:
         return "+".join(method.label for method in self.methods)
 
     @property
+    def leading(self) -> Part:
+        """The method whose level is the run's: the first that has one; if none has, the first."""
+        return next((method for method in self.methods if "sparsity" in method.options), self.methods[0])
+
+    @property
     def sparsity(self) -> float | None:
-        """The level that was asked for: the first method's that has one; None if no method has."""
-        levels = [method.options["sparsity"] for method in self.methods if "sparsity" in method.options]
-        return levels[0] if levels else None
+        """The level that was asked for; None if no method has one."""
+        return self.leading.options.get("sparsity")
 
     @property
     def pattern(self) -> str:

@@ -25,6 +25,7 @@ TOLERANCE, LOG_TOLERANCE = 0.01, 0.05  # accuracy; log perplexity (the latter is
 MARGIN = 0.02
 ALPHA = 0.05  # one-sided, of both rules for safe sparsity
 SHARE = 0.5  # of the dense score, below which a task has collapsed (ours; papers read thresholds off their tables)
+TOO_FEW = "n too small"  # how ``Safe.says`` begins where the samples cannot tell
 _SLACK = 1e-9  # what rounding may take from a score
 _GRID = 0.001  # of the hinge's knee
 _FLAT = 1e-9  # a loss from no to full sparsity that is only rounding
@@ -299,7 +300,7 @@ def non_inferior(dense: ArrayLike, levels: Levels, *, margin: float = MARGIN, al
     if steps and not steps[0].passes and steps[0].loss < margin and n < required_samples(margin, discordant[0]):
         found = _safe("non_inferior", steps, n, "")
         needed = required_samples(margin, discordant[0])
-        return Safe(found.rule, None, found.largest_passing, n, found.steps, f"n too small: about {needed} are needed")
+        return Safe(found.rule, None, found.largest_passing, n, found.steps, f"{TOO_FEW}: about {needed} are needed")
     return _safe("non_inferior", steps, n, f"a loss of {margin:g} or more is ruled out up to")
 
 

@@ -122,7 +122,8 @@ def fitted(reference: Reference, columns: Mapping[str, Sequence[Any]], rows: Seq
     law = registry.get(reference.law)
     if len(rows) < len(law.parameters) + 2:
         raise Untested(f"{reference}: {len(rows)} runs for a law of {len(law.parameters)} parameters")
-    for name, values in columns.items():
-        if len(set(values)) == 1 and not isinstance(values[0], str):
-            raise Untested(f"{reference}: the runs have one {name} only ({values[0]:g}), which determines no constant")
+    for name in law.numeric:
+        if len(set(columns[name])) == 1:
+            only = f"{columns[name][0]:g}"
+            raise Untested(f"{reference}: the runs have one {name} only ({only}), which determines no constant")
     return Fitted(reference, law, columns, rows)

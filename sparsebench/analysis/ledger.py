@@ -22,7 +22,7 @@ from sparsebench.errors import UserError, closest
 from sparsebench.results import query
 from sparsebench.results.store import Store
 from sparsebench.sweep import spec
-from sparsebench.sweep.plan import Plan, newest
+from sparsebench.sweep.plan import Plan, fits, newest
 from sparsebench.sweep.spec import Sweep
 
 
@@ -160,18 +160,15 @@ def _left_out(sweep: Sweep, claim: Claim, plan: Plan) -> str:
     for key in claim.for_each:
         declared = sorted(sweep.grid.get(key, []), key=order)
         missing = [one for one in declared if not any(same(one, values[key]) for values in components)]
-        missing = [one for one in missing if not _excluded(sweep, {**claim.select, key: one})]
+        missing = [one for one in missing if not _never(sweep, {**claim.select, key: one})]
         if missing and not isinstance(missing[0], list):
             parts.append(f"{key}={', '.join(map(str, missing))}")
     return " and ".join(parts)
 
 
-def _excluded(sweep: Sweep, known: Mapping[str, Any]) -> bool:
+def _never(sweep: Sweep, known: Mapping[str, Any]) -> bool:
     """Whether a rule of the sweep leaves out every run with what is known of it."""
-    return any(
-        all(key in known and any(same(one, known[key]) for one in values) for key, values in rule.items())
-        for rule in sweep.exclude
-    )
+    return any(rule.keys() <= known.keys() and fits(rule, known) for rule in sweep.exclude)
 
 
 def _notes(workspace: Workspace, sweep: Sweep, plan: Plan | None) -> list[str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from sparsebench.costs.saving import NO_SAVING, Saving
+from sparsebench.errors import UserError
 from sparsebench.models.base import LoadedModel
 
 
@@ -103,3 +105,15 @@ class Surroundings:
     seed: int
     progress: Callable[[int, int], None] = lambda done, total: None
     shared: dict[str, Any] | None = None
+
+
+def read_tensors(where: str, file: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. UserError beginning with ``where``, which names the option with its value."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found: dict[str, Tensor] = load_file(Path(file).expanduser())
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{where}: not a readable safetensors file ({' '.join(str(error).split())})") from None
+    return found

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 MOST = 6  # task labels up to which each has its own figures of costs
 _ALL = "all tasks"
-_TOO_FEW = "n too small"  # how ``curves.non_inferior`` begins where the samples cannot tell
 _POINT = ["setting", "model", "method", "requested", "pattern"]
 
 
@@ -143,7 +142,7 @@ def safe_minimum(safe: DataFrame) -> DataFrame:
 def _decided(safe: DataFrame) -> Series[float]:
     """The non-inferior level of each cell: 0 where the first one tested fails, not a number where the samples are too
     few to tell, or nothing was tested."""
-    told = safe["n"].notna() & ~safe["says"].str.startswith(_TOO_FEW)
+    told = safe["n"].notna() & ~safe["says"].str.startswith(curves.TOO_FEW)
     return safe["non_inferior"].fillna(0.0).where(told)
 
 

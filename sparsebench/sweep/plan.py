@@ -13,7 +13,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -226,10 +226,11 @@ def _flat(run: Run) -> dict[str, Any]:
 
 def _excluded(sweep: Sweep, point: dict[str, Any]) -> list[int]:
     """The rules of ``exclude`` that leave the point out, by their places."""
-    return [index for index, rule in enumerate(sweep.exclude) if _fits(rule, point)]
+    return [index for index, rule in enumerate(sweep.exclude) if fits(rule, point)]
 
 
-def _fits(rule: dict[str, list[Any]], point: dict[str, Any]) -> bool:
+def fits(rule: Mapping[str, list[Any]], point: Mapping[str, Any]) -> bool:
+    """Whether a rule of ``exclude`` leaves the point out."""
     return all(any(_same(point.get(key), one) for one in values) for key, values in rule.items())
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sparsebench.errors import UserError
 from sparsebench.methods.activations.sites import gated_blocks
+from sparsebench.methods.base import read_tensors
 
 MODEL, SPARSITY = "for_model", "for_sparsity"
 
@@ -40,14 +40,7 @@ def stamped(tensors: Mapping[str, Tensor], model: nn.Module, asked: float | None
 def read(where: str, file: str, model: nn.Module | None, asked: float | None) -> dict[str, Tensor]:
     """The tensors of a file. UserError naming the option (``where``) when it is no such file, or was fitted for
     another model (not looked at where None) or another sparsity."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        found = load_file(Path(file).expanduser())
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{where}={file}: not a readable safetensors file ({reason})") from None
+    found = read_tensors(f"{where}={file}", file)
     if MODEL not in found or SPARSITY not in found:
         raise UserError(f"{where}={file}: not written by save= of such a run: it lacks {MODEL} or {SPARSITY}")
     fitted_for = found.pop(MODEL)

@@ -29,7 +29,7 @@ from sparsebench.errors import UserError
 from sparsebench.methods.attention.on_kernels import KernelUse, Part, attend
 from sparsebench.methods.attention.selections import Heads, Selection
 from sparsebench.methods.base import Applied, Counted, Surroundings
-from sparsebench.models.plug import Allowed, Call, Handler, Work, plugged, reach
+from sparsebench.models.plug import Allowed, Call, Handler, Work, plugged, positions_of, reach
 
 Knob = float
 
@@ -61,7 +61,7 @@ class AttentionMethod(Declared, ABC):
 
     def name(self, option_name: str) -> str:
         """An option as the user writes it, with its value."""
-        return f"method.{self.declared['name']}.{option_name}={getattr(self, option_name)}"  # type: ignore[attr-defined]
+        return f"method.{self.declared['name']}.{option_name}={getattr(self, option_name)}"
 
     def check_model(self, model: PreTrainedModel) -> None:
         """UserError when an option does not fit the model or another option. Changes nothing."""
@@ -364,7 +364,7 @@ def check(stack: Sequence[Named], model: nn.Module) -> None:
             f"model: {type(model).__name__} is no Hugging Face decoder, so methods cannot reach its attention"
         )
     reach(model)
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = positions_of(model)
     for _, method in stack:
         method.check_model(model)
         if context is not None:

@@ -5,18 +5,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsebench.declare import option
 from sparsebench.errors import UserError
 from sparsebench.methods.attention.base import AttentionMethod
-from sparsebench.methods.base import Surroundings
+from sparsebench.methods.base import Surroundings, read_tensors
 
 
 @dataclass(frozen=True)
@@ -56,10 +53,7 @@ class FittedMethod(AttentionMethod):
     def loaded(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """What the file ``fitted_from`` holds. UserError when that does not fit the model or cannot be used."""
         where = self.name("fitted_from")
-        try:
-            found: dict[str, Tensor] = load_file(Path(str(self.fitted_from)).expanduser())
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"{where}: not a readable safetensors file ({' '.join(str(error).split())})") from None
+        found = read_tensors(where, str(self.fitted_from))
         for name, shape in self.shapes(model).items():
             if name not in found or tuple(found[name].shape) != shape:
                 has = tuple(found[name].shape) if name in found else "not there"

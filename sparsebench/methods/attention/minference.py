@@ -172,7 +172,9 @@ class MInference(FittedMethod):
             return Band(tokens, min(one, tokens), min(tokens, int(other * ratio)), tokens, heads.query.device)
         if kind == VERTICAL_SLASH:
             verticals, slashes = (places[where] for places in seen)
-            least = _least(tokens, self.forced_verticals, self.forced_slashes)
+            least = 30, 50  # the released code's, in the spirit of the forced ones
+            if tokens < _LONG:
+                least = _forced(tokens, self.forced_verticals, self.forced_slashes)
             wide, near = (max(int(number * ratio), few) for number, few in zip((one, other), least, strict=True))
             return slash_tiles(verticals < wide, slashes < near, size)
         count = -(-tokens // size)
@@ -235,12 +237,6 @@ def _forced(tokens: int, first: int | None = None, near: int | None = None) -> t
         first if first is not None else tokens // 128 if short else 30,
         near if near is not None else tokens // 32 if short else 100,
     )
-
-
-def _least(tokens: int, first: int | None, near: int | None) -> tuple[int, int]:
-    """The fewest columns and diagonals of a head: on long prompts the released code's, in the spirit of the forced
-    ones."""
-    return (30, 50) if tokens >= _LONG else _forced(tokens, first, near)
 
 
 def pooled_blocks(query: Tensor, key: Tensor, size: int, kept: int) -> Tensor:

@@ -43,7 +43,7 @@ from sparsebench.methods.attention.gates import (
 from sparsebench.methods.attention.selections import Heads, Selection, block_sparsity, blocks
 from sparsebench.methods.base import Surroundings
 from sparsebench.methods.weights.perp import Windows
-from sparsebench.models.plug import Allowed, Call, Handler, check_rotary, plugged, reach, rotates
+from sparsebench.models.plug import Allowed, Call, Handler, check_rotary, plugged, positions_of, reach, rotates
 from sparsebench.trainer import Batch, Hook, TrainConfig, Trainer
 
 
@@ -130,7 +130,7 @@ class SeerAttention(FittedMethod):
 
     def fault(self, learned: Mapping[str, Tensor], model: PreTrainedModel) -> str | None:
         size, base, own = float(learned["block_size"]), float(learned["rope_base"]), _base(model) or 0.0
-        most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or inf
+        most = positions_of(model) or inf
         if size != int(size) or not 1 <= size <= most:
             return f"block_size is {size:g}; must be a whole number >= 1 and <= {most} (the model's context)"
         if self.block_size not in (None, size):

@@ -18,7 +18,7 @@ from sparsebench.errors import UserError
 from sparsebench.methods.base import Applied, Counted, Surroundings
 from sparsebench.methods.kv_cache.base import Budgeted, KvMethod
 from sparsebench.methods.kv_cache.entries import Entries
-from sparsebench.models.plug import Allowed, Call, Handler, Work, plugged, reach
+from sparsebench.models.plug import Allowed, Call, Handler, Work, plugged, positions_of, reach
 
 
 @dataclass
@@ -99,7 +99,7 @@ class ActingMethod(Handler):
 
     def _check(self, call: Call) -> None:
         """UserError when the sequence is longer than the model can be asked for, or the prompt does not fit."""
-        context = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        context = positions_of(self.model)
         longest = int(call.real.sum(dim=1).max())
         if context is not None and longest > context and not self.how.streams:
             raise UserError(f"method={self.method}: {longest} tokens go past the model's context of {context}")

@@ -53,7 +53,7 @@ class KvMethod(Declared, ABC):
 
     def name(self, option_name: str) -> str:
         """An option as the user writes it, with its value."""
-        return f"method.{self.declared['name']}.{option_name}={getattr(self, option_name)}"  # type: ignore[attr-defined]
+        return f"method.{self.declared['name']}.{option_name}={getattr(self, option_name)}"
 
     def check_model(self, model: PreTrainedModel) -> None:
         """UserError when an option does not fit the model or another option. Changes nothing."""

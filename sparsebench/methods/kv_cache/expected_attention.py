@@ -62,7 +62,7 @@ class ExpectedAttention(Evictor):
         return self.n_sink + 1
 
     def check_model(self, model: PreTrainedModel) -> None:
-        needs_rotary(model, f"method={self.declared['name']}")  # type: ignore[attr-defined]
+        needs_rotary(model, f"method={self.declared['name']}")
 
     def check_prompt(self, tokens: int) -> None:
         if tokens <= self.n_sink:

@@ -89,7 +89,7 @@ class TokenSelect(Selector):
             raise UserError(f"{self.name('pool_kernel')}: must be odd, or -1")
         if self.top_k is not None and self.budget is not None:
             raise UserError(f"{self.name('top_k')}: goes without {self.name('budget')}")
-        needs_rotary(model, f"method={self.declared['name']}")  # type: ignore[attr-defined]
+        needs_rotary(model, f"method={self.declared['name']}")
 
     def sizes(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(n_init, n_local, top_k) of budgets ``kept`` (B,)."""

@@ -85,7 +85,6 @@ class WeightMethod(Declared):
     exclude: tuple[str, ...] = option((), "not the layers whose name fits one of these patterns")
 
     stage: ClassVar[str] = "select"
-    reference: ClassVar[bool] = False  # whether it only stands beside others, so that it needs no layers
     also_recovers: ClassVar[bool] = False  # whether a method of stage select repairs what it pruned, too
     stores_zeros: ClassVar[bool] = False  # whether zeros among the kept are stored (as codes), so do not count
 

@@ -31,7 +31,5 @@ from sparsebench.methods.weights.base import Layer, WeightMethod
 class Dense(WeightMethod):
     """The model as it is: the reference of every comparison."""
 
-    reference = True
-
     def asked(self, layer: Layer) -> float | None:
         return 0.0

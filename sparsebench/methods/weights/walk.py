@@ -66,7 +66,7 @@ def scoped_layers(model: nn.Module, method: WeightMethod, seed: int) -> list[lis
         for place, layer in enumerate(layers):
             layer.generator.manual_seed(seed * 1_000_003 + index * 1009 + place)
         found.append(layers)
-    if not any(found) and not method.reference:
+    if not any(found) and not method.declared["taxonomy"].reference:
         _check_linear(blocks)
         raise UserError(
             f"include={list(method.include)} exclude={list(method.exclude)}: no linear layer is left in scope"

@@ -6,9 +6,9 @@ function, a pre-hook on each attention module, and a cache whose layers keep the
 refuses models whose attention it cannot get at.
 """
 
-from sparsebench.models.plug.attach import plugged, reach
+from sparsebench.models.plug.attach import plugged, positions_of, reach
 from sparsebench.models.plug.cache import PositionCache, PositionLayer
 from sparsebench.models.plug.call import Allowed, Call, Handler, Work, check_rotary, rotates
 
-__all__ = ["Allowed", "Call", "Handler", "PositionCache", "PositionLayer", "Work", "check_rotary", "plugged", "reach",
-           "rotates"]  # fmt: skip
+__all__ = ["Allowed", "Call", "Handler", "PositionCache", "PositionLayer", "Work", "check_rotary", "plugged",
+           "positions_of", "reach", "rotates"]  # fmt: skip

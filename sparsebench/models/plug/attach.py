@@ -102,6 +102,12 @@ def plugged(model: PreTrainedModel, handler: Handler) -> Iterator[None]:
         yield
 
 
+def positions_of(model: nn.Module) -> int | None:
+    """How many positions the model was made for; None where its config does not say."""
+    found: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+    return found
+
+
 def reach(model: PreTrainedModel) -> list[nn.Module]:
     """The model's attention modules, in the order of its layers, found by running two tokens through it.
 
